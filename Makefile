@@ -1,0 +1,28 @@
+# make help: what each target does.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help run build lint test bench fuzz conformance install systemd-test image-test
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+# One stamp for each set of packages, made again when the metadata changes.
+$(VENV)/run: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+$(VENV)/test: pyproject.toml $(VENV)/run
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+run: $(VENV)/run ## start the daemon with its own Redis-compatible server on http://127.0.0.1:8080
+	$(BIN)/tornado-bcast serve
+
+lint: $(VENV)/test ## ruff, ruff format and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## lint and every test; installs what it needs
+	$(BIN)/pytest -n 2
