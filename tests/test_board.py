@@ -10,7 +10,7 @@ import pytest
 
 from tornado_bcast.board import SNAPSHOT_BYTES, STALE_SECONDS, YOUNG_SECONDS, Board, State
 
-# From Python 3.12 on a fork warns where there are threads, as pytest-xdist's; the children here touch no lock.
+# From Python 3.12 on a fork warns where there are threads, as pytest-xdist has; these children need no lock.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 

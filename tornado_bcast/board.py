@@ -222,7 +222,7 @@ class Board:
     # Rate buckets.
 
     def bucket(self, ip: str) -> int:
-        """The bucket of an address, one of 65,536. Two addresses may fall on one; then they share its rate."""
+        """The bucket of an address, one of 65,536. Where two addresses have the same, they share its rate."""
         return self._hashes(ip)[2]
 
     def get(self, bucket: int) -> float:
