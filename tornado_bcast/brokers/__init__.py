@@ -76,6 +76,30 @@ def decode_bus(data: bytes) -> BusMessage:
     return BusMessage(payload, int(timestamp), int(seq), "" if epoch == _NO_EPOCH else epoch.decode())
 
 
+@dataclass(slots=True, frozen=True)
+class History:
+    """A persistent channel as of one moment: its head, and a piece of what it keeps."""
+
+    epoch: str
+    # The head, that is the number of the last message; 0 before the first.
+    seq: int
+    # The oldest message that is kept; seq + 1 when there is none.
+    first: int
+    # Where earlier epochs of this same line of numbers ended. A position up to there goes on.
+    ends: dict[str, int]
+    # In order and without what was not asked for; fewer than asked for where they are too many bytes, so
+    # who reads on compares the last one's seq with the head.
+    messages: list[BusMessage]
+
+    def knows(self, epoch: str, seq: int) -> bool:
+        """Whether a position lies on this line of numbers: all up to it was given to these very messages."""
+        return seq <= (self.seq if epoch == self.epoch else self.ends.get(epoch, -1))
+
+    def continues(self, epoch: str, seq: int) -> bool:
+        """Whether all that came after a position is still kept: it goes on as if nothing had happened."""
+        return self.knows(epoch, seq) and seq + 1 >= self.first
+
+
 class BrokerEvents(Protocol):
     """What a broker tells its node. All are plain calls on the loop; none may block or raise."""
 
@@ -108,7 +132,7 @@ class Broker(Protocol):
     """
 
     async def start(self, events: BrokerEvents, row: Callable[[], bytes]) -> None:
-        """Begin; returns at once also when the other side is away. `row()` is sent to all workers each second."""
+        """Begin; returns at once, also when Redis is away. `row()` is sent to all workers each second."""
 
     async def close(self) -> None:
         """Give back every connection and task. What is still waiting fails with `Unavailable`."""
@@ -122,11 +146,21 @@ class Broker(Protocol):
     def unsubscribe(self, channel: str) -> None:
         """Stop listening to a channel. Nothing of it is told after a later `subscribe` but new messages."""
 
+    async def read(self, channel: str, after: int, limit: int) -> History:
+        """The state of a persistent channel and up to `limit` of its messages with a seq above `after`.
+
+        A negative `after` asks for that many of the last ones. Where the channel has no history yet, one
+        begins at seq 0. Raises `Unavailable` when no answer is to be had in time.
+        """
+
+    async def heads(self, channels: list[str]) -> dict[str, History]:
+        """`read` without messages, for many channels at the price of a few. `Unavailable` as there."""
+
     async def channels(self) -> list[str]:
-        """Names of the channels that some worker of some node listens to. `Unavailable` when not to be had."""
+        """Names of the channels that some worker of some node listens to. Raises `Unavailable`."""
 
     async def probe(self) -> float:
-        """Send a canary through and wait for it: the seconds it took. `Unavailable` when it does not return."""
+        """Send a canary through and wait for it: the seconds it took. `Unavailable` when it stays away."""
 
     def health(self) -> BrokerHealth:
         """What is known now, without asking anybody."""

@@ -7,7 +7,7 @@ parent, which has no event loop: `start` waits, everything else returns at once.
     server = EmbeddedServer(data_dir=None, appendfsync="always")
     server.start()
     server.url                  # unix:///home/me/.local/state/tornado-bcast/redis.sock
-    server.poll()               # now and then: False once it is dead, then `spawn` it again
+    server.tend(now)            # now and then: starts it again when it is dead
     server.stop(5)
 
 Why it may be killed at any time, and dies with its parent (PR_SET_PDEATHSIG, SIGKILL): every change is
@@ -46,6 +46,10 @@ LOCK_SECONDS = 30.0
 # How long a server may take to answer at all, and to load its data.
 ANSWER_SECONDS = 20.0
 LOADING_SECONDS = 1800.0
+# A server that dies this early after it came up again died young; the pauses before it is started again.
+YOUNG_SECONDS = 10.0
+FIRST_PAUSE_SECONDS = 0.25
+LAST_PAUSE_SECONDS = 10.0
 # sun_path has 108 bytes, one of them the closing NUL (unix(7)).
 SOCKET_PATH_BYTES = 107
 
@@ -115,6 +119,11 @@ class EmbeddedServer:
         # The locked descriptor; -1 before `start` and after `stop`.
         self._lock = -1
         self._process: subprocess.Popen[bytes] | None = None
+        # What `tend` knows: dead or not yet up again, since when, the last pause, and when to start.
+        self._state: Literal["up", "dead", "starting"] = "up"
+        self._since = 0.0
+        self._pause = 0.0
+        self._start_at = 0.0
 
     @property
     def url(self) -> str:
@@ -162,6 +171,39 @@ class EmbeddedServer:
             os.close(log_file)
         self._note_owner()
 
+    def tend(self, now: float) -> None:
+        """Start the process again when it is dead; call it some times a second with a steady clock (seconds).
+
+        The first start comes at once; where the process dies young again and again, the pause grows.
+        """
+        if self._state == "dead":
+            if now >= self._start_at:
+                self._respawn(now)
+        elif not self.poll():
+            self._mark_dead(now, self.last_words())
+        elif self._state == "starting" and self.ping() == "up":
+            self._state, self._since = "up", now
+            logger.info("the embedded server is back", extra={"event": "embedded_back"})
+
+    def _respawn(self, now: float) -> None:
+        try:
+            self.spawn()
+        except (ConfigError, OSError) as error:
+            self._mark_dead(now, str(error))
+        else:
+            self._state = "starting"
+
+    def _mark_dead(self, now: float, reason: str) -> None:
+        young = self._state != "up" or now - self._since < YOUNG_SECONDS
+        self._pause = min(2 * self._pause or FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS) if young else 0.0
+        self._state, self._start_at = "dead", now + self._pause
+        logger.error(
+            "the embedded server is dead and is started again in %.2f s; its last words: %s",
+            self._pause,
+            reason,
+            extra={"event": "embedded_dead"},
+        )
+
     def poll(self) -> bool:
         """Whether the process lives."""
         return self._process is not None and self._process.poll() is None
@@ -179,6 +221,11 @@ class EmbeddedServer:
         if reply.startswith(b"+PONG"):
             return "up"
         return "loading" if reply.startswith(b"-LOADING") else "silent"
+
+    def kill(self) -> None:
+        """End the process at once; what it acknowledged is kept."""
+        if self._process is not None:
+            self._process.kill()
 
     def stop(self, seconds: float) -> None:
         """End the process, gracefully if it is gone within `seconds`, and give the directory free."""

@@ -1,0 +1,312 @@
+"""One connection to Redis: how it is made, made again, and judged.
+
+Owns the reading of Redis URLs, the handshake (version, role, memory policy), the backoff between attempts
+and the two log lines of an outage. It never sees a message: `redis_pipeline.py` (commands and answers) and
+`redis_bridge.py` (pub/sub) drive the connections that are opened here.
+"""
+
+import asyncio
+import logging
+import random
+import re
+import ssl
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+from urllib.parse import urlsplit, urlunsplit
+
+import redis.exceptions
+from hiredis import pack_command
+from redis.asyncio.connection import Connection as TcpConnection
+from redis.asyncio.connection import parse_url
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    InvalidResponse,
+    NoPermissionError,
+    RedisError,
+)
+
+from tornado_bcast.errors import BcastError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT = 5.0  # seconds, handshake included
+BACKOFF_BASE = 0.05  # seconds
+BACKOFF_CAP = 1.0
+OLDEST_VERSION = (6, 2)
+# What goes wrong on the way to or from Redis, short of an answer that says what is wrong.
+LINK_ERRORS = (RedisError, OSError, TimeoutError, BcastError)
+
+_Pack = Callable[[tuple[str | bytes | int | float, ...]], bytes]
+pack: _Pack = cast(_Pack, pack_command)
+
+
+class Connection(Protocol):
+    """What is used of redis-py's asyncio connections."""
+
+    async def connect(self) -> None: ...
+    async def disconnect(self, nowait: bool = False) -> None: ...
+    async def send_packed_command(self, command: Iterable[bytes], check_health: bool = True) -> None: ...
+    async def read_response(self, *, disconnect_on_error: bool = True) -> Any: ...
+    async def can_read(self) -> bool: ...
+
+
+class Unusable(BcastError):
+    """The server answers, but cannot serve us; the text says what an operator should mend."""
+
+
+@dataclass(slots=True)
+class Server:
+    """What INFO told about the other side."""
+
+    # Of the master that takes our writes; "" where that is not known (a replica, or INFO is not allowed).
+    replid: str = ""
+    replica: bool = False
+    loading: bool = False
+    # What an operator should mend although the server can be used.
+    problem: str | None = None
+
+
+def mask_url(url: str) -> str:
+    """The URL for people: without its password, and without query values, which may hold one."""
+    parts = urlsplit(url)
+    place = parts.netloc
+    if "@" in place:
+        user, _, host = place.rpartition("@")
+        place = f"{user.partition(':')[0]}:***@{host}" if ":" in user else f"***@{host}"
+    return urlunsplit((parts.scheme, place, parts.path, "", ""))
+
+
+def connection_maker(url: str, name: str) -> Callable[[], Connection]:
+    """A constructor of connections to this URL; ConfigError where it cannot be understood."""
+    try:
+        arguments: dict[str, Any] = dict(parse_url(url))
+        make: Callable[..., Connection] = arguments.pop("connection_class", TcpConnection)
+        # Ours, whatever the URL says: RESP2, for with RESP3 redis-py writes each pub/sub message to its
+        # debug log; our own deadlines, backoff and health check instead of its.
+        for option in ("timeout", "max_connections", "retry_on_timeout", "health_check_interval"):
+            arguments.pop(option, None)
+        arguments |= {
+            "protocol": 2,
+            "socket_timeout": None,
+            "socket_connect_timeout": CONNECT_TIMEOUT,
+            "client_name": name,
+            "driver_info": None,
+        }
+        make(**arguments)
+    except (ValueError, TypeError, RedisError) as error:
+        reason = str(error).replace("AbstractConnection.__init__() ", "")
+        raise ConfigError([f"[redis] url: {mask_url(url)} cannot be used: {reason}"]) from None
+    return lambda: make(**arguments)
+
+
+def read_info(text: bytes) -> Server:
+    """Judge a server by its INFO. Raises `Unusable` for one that is too old or no Redis at all."""
+    fields = dict(re.findall(r"^(\w+):(.*?)\r?$", text.decode("utf-8", "replace"), re.MULTILINE))
+    version = fields.get("redis_version", "")
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if not numbers:
+        raise Unusable("the server does not say which Redis it is")
+    if numbers < OLDEST_VERSION:
+        raise Unusable(f"Redis {version} is too old: 6.2 or newer is needed, or Valkey")
+    server = Server(replid=fields.get("master_replid", ""), loading=fields.get("loading", "0") != "0")
+    if fields.get("role", "master") != "master":
+        server.replid = ""
+        server.replica = True
+        server.problem = "this Redis is a read-only replica: [redis] url must name the master"
+    policy = fields.get("maxmemory_policy", "noeviction")
+    if fields.get("maxmemory", "0") != "0" and policy != "noeviction":
+        server.problem = (
+            f"Redis may throw away keys (maxmemory-policy {policy}): set it to noeviction, every key matters"
+        )
+    return server
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the other side will not come right by itself."""
+    # redis-py hides the cause of a failure on Unix sockets and in TLS handshakes behind its own error.
+    chain = [error, error.__cause__, error.__context__]
+    return any(
+        isinstance(one, Unusable | AuthenticationError | InvalidResponse | ssl.SSLCertVerificationError)
+        for one in chain
+    )
+
+
+def explain(error: BaseException) -> str:
+    """What a failed connection means, for an operator; nothing secret in it."""
+    if isinstance(error, Unusable):
+        return str(error)
+    if isinstance(error, AuthenticationError) or isinstance(error.__cause__, AuthenticationError):
+        return "Redis refuses the user name or password of [redis] url"
+    if isinstance(error, InvalidResponse):
+        return "what answers there is no Redis"
+    if isinstance(error, NoPermissionError):
+        return f"Redis does not allow its user what is needed: {error}"
+    if isinstance(error, BusyLoadingError):
+        return "Redis is loading its data"
+    if isinstance(error, TimeoutError | redis.exceptions.TimeoutError):
+        return "Redis does not answer"
+    return str(error) or type(error).__name__
+
+
+class Condition:
+    """How the other side is, over all links of one broker, and the log lines about it: one when it goes away,
+    one when it is back, one for each fault that an operator should mend."""
+
+    def __init__(self, url: str) -> None:
+        self._place = mask_url(url)
+        # Names of the links that are down, since when the first one was, and why the last one was.
+        self._down: set[str] = set()
+        self._since = 0.0
+        self._reason = ""
+        # What a server that answers should have otherwise.
+        self._fault: str | None = None
+
+    @property
+    def up(self) -> bool:
+        return not self._down
+
+    @property
+    def problem(self) -> str | None:
+        return self._reason if self._down else self._fault
+
+    def lost(self, link: str, error: BaseException, now: float) -> None:
+        reason = explain(error)
+        news = reason != self._reason
+        if not self._down:
+            self._since = now
+        refused = is_refusal(error)
+        if not self._down or (refused and news):
+            logger.log(
+                logging.ERROR if refused else logging.WARNING,
+                "Redis at %s cannot be used: %s",
+                self._place,
+                reason,
+                extra={"event": "redis_down"},
+            )
+        self._reason = reason
+        self._down.add(link)
+
+    def found(self, link: str, now: float) -> None:
+        if link in self._down:
+            self._down.discard(link)
+            if not self._down:
+                duration = now - self._since
+                logger.info(
+                    "Redis at %s is back after %.1f s", self._place, duration, extra={"event": "redis_up"}
+                )
+
+    def judge(self, server: Server) -> None:
+        """Take in what a server that answers says about itself."""
+        if server.problem is not None and server.problem != self._fault:
+            logger.error("Redis at %s: %s", self._place, server.problem, extra={"event": "redis_problem"})
+        self._fault = server.problem
+
+
+Prepare = Callable[[Connection], Awaitable[None]]
+
+
+class Link:
+    """One connection that is kept: opened, used by its driver, dropped when it fails, opened again.
+
+    `prepare` is what a new connection needs before it can be used; it refuses one by an exception.
+    """
+
+    def __init__(
+        self, name: str, make: Callable[[], Connection], condition: Condition, prepare: Prepare | None = None
+    ) -> None:
+        self.name = name
+        # What the present connection's server said of itself.
+        self.server = Server()
+        # Whether there is a connection that has passed its handshake.
+        self.up = False
+        self._make = make
+        self._condition = condition
+        self._prepare = prepare
+        # Failures since the last success: the exponent of the backoff.
+        self._failures = 0
+        self._connection: Connection | None = None
+
+    async def connect(self) -> Connection:
+        """Come back with a connection that stands, however many attempts it takes."""
+        while True:
+            if self._failures:
+                # Full jitter: after an outage the workers of all nodes do not come at once.
+                await asyncio.sleep(random.uniform(0, min(BACKOFF_CAP, BACKOFF_BASE * 2**self._failures)))
+            connection = self._connection = self._make()
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT):
+                    await connection.connect()
+                    self.server = read_info(await ask(connection, "INFO"))
+                    if self.server.replica:
+                        raise Unusable(str(self.server.problem))
+                    if self.server.loading:
+                        raise BusyLoadingError("Redis is loading its data")
+                    if self._prepare is not None:
+                        await self._prepare(connection)
+            except LINK_ERRORS as error:
+                await self.drop(error)
+                continue
+            self.up = True
+            self._condition.judge(self.server)
+            self._condition.found(self.name, asyncio.get_running_loop().time())
+            return connection
+
+    async def prepare(self, connection: Connection) -> None:
+        """Do once more what the connection was prepared with."""
+        if self._prepare is not None:
+            await self._prepare(connection)
+
+    def succeeded(self) -> None:
+        """The connection has done what it is for."""
+        self._failures = 0
+
+    async def drop(self, error: BaseException) -> None:
+        """Give up the connection because of an error."""
+        self._failures = min(self._failures + 1, 10)
+        self.up = False
+        self._condition.lost(self.name, error, asyncio.get_running_loop().time())
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.disconnect(nowait=True)
+
+    async def close(self) -> None:
+        """Give up the connection for good."""
+        self.up = False
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.disconnect()
+
+
+async def ask(connection: Connection, *command: str | bytes | int) -> Any:
+    """One command, one answer; an error answer is raised."""
+    await connection.send_packed_command([pack(command)])
+    return await connection.read_response()
+
+
+def check_server(url: str) -> str | None:
+    """Look at the server once, before anything is started.
+
+    Raises ConfigError where waiting would not help: no Redis, too old a one, a refused password or
+    certificate. Returns a warning where it cannot be reached or is still loading; None where all is well.
+    """
+    make = connection_maker(url, "check")
+    place = mask_url(url)
+
+    async def look() -> Server:
+        connection = make()
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                await connection.connect()
+                return read_info(await ask(connection, "INFO"))
+        finally:
+            await connection.disconnect(nowait=True)
+
+    try:
+        server = asyncio.run(look())
+    except LINK_ERRORS as error:
+        if is_refusal(error):
+            raise ConfigError([f"[redis] url: {place}: {explain(error)}"]) from None
+        return f"{place} cannot be reached yet: {explain(error)}"
+    return server.problem and f"{place}: {server.problem}"

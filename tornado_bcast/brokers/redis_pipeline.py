@@ -1,0 +1,272 @@
+"""Commands to Redis: many in one write, their answers in order.
+
+Owns the queue, its bounds and deadlines, and what becomes of each command when the connection fails. What a
+command says and what its answer means is the business of `redis_commands.py`.
+"""
+
+import asyncio
+import logging
+import random
+import re
+from collections import deque
+from typing import Any, Generic, TypeVar
+
+from redis.exceptions import AuthenticationError, BusyLoadingError, ConnectionError, ResponseError
+
+from tornado_bcast.brokers.redis_link import LINK_ERRORS, Connection, Link, Server, pack
+from tornado_bcast.errors import Unavailable
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# One write: enough to be worth it, little enough that the first answers do not wait long.
+BATCH_COMMANDS = 500
+BATCH_BYTES = 1 << 20
+# Seconds between two log lines about one kind of error answer.
+COMPLAINT_INTERVAL = 60.0
+
+# Error answers that mean: nothing was done, and the next try may succeed. NOSCRIPT is met on the spot, the
+# others by another connection.
+RETRY_CODES = frozenset(
+    "BUSY CLUSTERDOWN LOADING MASTERDOWN NOAUTH NOSCRIPT READONLY TRYAGAIN WRONGPASS".split()
+)
+# What the others mean, for clients and operators alike.
+REFUSALS = {
+    "OOM": "Redis is out of memory",
+    "MISCONF": "Redis cannot write to its disk",
+    "NOPERM": "Redis does not allow its user to do this",
+    "NOREPLICAS": "Redis has too few replicas",
+    "WRONGTYPE": "a key that this channel needs in Redis is of another type",
+}
+
+
+def later() -> int:
+    """Milliseconds after which a client should try again; not the same for all."""
+    return random.randint(500, 1500)
+
+
+def error_code(error: Exception) -> str:
+    """The code of an error answer, such as OOM; from within a script too."""
+    code = getattr(error, "status_code", None)
+    if code and code != "ERR":
+        return str(code)
+    text = str(error)
+    # Redis 6.2 wraps the error of a command in a script: "Error running script (...): ...: -OOM command not".
+    wrapped = re.search(r"(?:^|: ?-)([A-Z]{3,}) ", text)
+    return wrapped[1] if wrapped else "ERR"
+
+
+class Command(Generic[T]):
+    """One command that waits for its answer. Subclasses say what is sent and what the answer means."""
+
+    __slots__ = ("deadline", "future", "repeatable", "size", "written")
+
+    # Whether a WAIT must follow before its answer counts.
+    replicated = False
+
+    def __init__(self, size: int = 0, repeatable: bool = True) -> None:
+        self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.size = size
+        # Whether it may be sent again when it is not known if it was done.
+        self.repeatable = repeatable
+        # When it fails at the latest, on the loop's clock.
+        self.deadline = 0.0
+        # Whether it may have been done: it was written, and no answer has said that it was not.
+        self.written = False
+
+    def pack(self, server: Server) -> bytes:
+        """The command on the wire; asked for at each try."""
+        raise NotImplementedError
+
+    def decode(self, answer: Any, server: Server) -> T:
+        """What the answer means. May note in `server` what it tells about that."""
+        raise NotImplementedError
+
+
+class Pipeline:
+    """A FIFO of commands over one link, with one batch in flight at a time.
+
+    Commands run in the order of `submit`, across reconnects too: those without an answer go back to the
+    front. Each one's future is done by its deadline, `timeout` seconds after `submit`. With `wait_replicas`
+    the answers of a batch count when so many replicas have its writes.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        *,
+        timeout: float,
+        wait_replicas: int = 0,
+        max_commands: int = 20_000,
+        max_bytes: int = 64 << 20,
+    ) -> None:
+        self._link = link
+        self._timeout = timeout
+        self._wait_replicas = wait_replicas
+        self._max_commands = max_commands
+        self._max_bytes = max_bytes
+        self._waiting: deque[Command[Any]] = deque()
+        self._waiting_bytes = 0
+        # The last batch written, in order; of those with an answer the future is done.
+        self._batch: list[Command[Any]] = []
+        self._wake = asyncio.Event()
+        # Fires at the earliest deadline, while anything waits.
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        # Code of an error answer -> when it was last logged.
+        self._complaints: dict[str, float] = {}
+
+    def submit(self, command: Command[T]) -> asyncio.Future[T]:
+        if self._closed:
+            command.future.set_exception(Unavailable("the server is stopping", later()))
+        elif len(self._waiting) >= self._max_commands or self._waiting_bytes >= self._max_bytes:
+            command.future.set_exception(Unavailable("too much is waiting for Redis", later()))
+        else:
+            loop = asyncio.get_running_loop()
+            command.deadline = loop.time() + self._timeout
+            self._waiting.append(command)
+            self._waiting_bytes += command.size
+            self._wake.set()
+            if self._timer is None:
+                self._timer = loop.call_at(command.deadline, self._expire)
+        return command.future
+
+    async def run(self) -> None:
+        """Drive the link until cancelled."""
+        while True:
+            connection = await self._link.connect()
+            try:
+                while True:
+                    if not self._waiting:
+                        self._wake.clear()
+                        await self._wake.wait()
+                    await self._exchange(connection)
+                    self._link.succeeded()
+            except LINK_ERRORS as error:
+                await self._link.drop(error)
+            except Exception as error:
+                logger.exception("The way to Redis failed", extra={"event": "pipeline_failed"})
+                await self._link.drop(error)
+            self._put_back()
+
+    def close(self) -> None:
+        """Fail what still waits; `run` has been cancelled before."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for command in (*self._batch, *self._waiting):
+            self._fail(command, "the server is stopping")
+        self._batch.clear()
+        self._waiting.clear()
+
+    async def _exchange(self, connection: Connection) -> None:
+        """Write one batch and take its answers. Raises where the connection is of no more use."""
+        if await connection.can_read():
+            # Nothing was asked, so this is the end of the stream: better seen before writing than after.
+            raise ConnectionError("Connection closed by server.")
+        server = self._link.server
+        data = self._take(server)
+        waits = self._wait_replicas > 0 and any(command.replicated for command in self._batch)
+        if waits:
+            data.append(pack(("WAIT", self._wait_replicas, int(self._timeout * 500))))
+        if not data:
+            return
+        again: Exception | None = None
+        done: list[tuple[Command[Any], Any]] = []
+        async with asyncio.timeout(self._timeout):
+            await connection.send_packed_command(data)
+            for command in self._batch:
+                try:
+                    answer = await connection.read_response(disconnect_on_error=False)
+                except (ResponseError, BusyLoadingError, AuthenticationError) as error:
+                    command.written = False
+                    if error_code(error) in RETRY_CODES:
+                        again = again or error
+                    else:
+                        self._refuse(command, error)
+                    continue
+                if waits and command.replicated:
+                    done.append((command, answer))
+                else:
+                    self._resolve(command, answer, server)
+            enough = not waits or await connection.read_response() >= self._wait_replicas
+        for command, answer in done:
+            if enough:
+                self._resolve(command, answer, server)
+            else:
+                self._fail(command, "too few replicas have it: send it again with the same messageId")
+        if again is not None:
+            if error_code(again) != "NOSCRIPT":
+                raise again
+            self._put_back()
+            async with asyncio.timeout(self._timeout):
+                await self._link.prepare(connection)
+
+    def _take(self, server: Server) -> list[bytes]:
+        """Move the next batch out of the queue; its bytes."""
+        self._batch = []
+        data: list[bytes] = []
+        size = 0
+        while self._waiting and len(data) < BATCH_COMMANDS and size < BATCH_BYTES:
+            command = self._waiting.popleft()
+            self._waiting_bytes -= command.size
+            if not command.future.done():
+                self._batch.append(command)
+                packed = command.pack(server)
+                command.written = True
+                data.append(packed)
+                size += len(packed)
+        return data
+
+    def _put_back(self) -> None:
+        """What has no answer goes back to the front, in order, unless that could do it twice."""
+        for command in reversed(self._batch):
+            if command.future.done():
+                continue
+            if command.repeatable or not command.written:
+                command.written = False
+                self._waiting.appendleft(command)
+                self._waiting_bytes += command.size
+            else:
+                self._fail(command, "it is not known whether Redis took it")
+        self._batch = []
+
+    def _expire(self) -> None:
+        """Fail what is past its deadline, and come again at the next one."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for command in self._batch:
+            if command.deadline <= now:
+                self._fail(command, "Redis did not answer in time")
+        while self._waiting and (self._waiting[0].deadline <= now or self._waiting[0].future.done()):
+            command = self._waiting.popleft()
+            self._waiting_bytes -= command.size
+            self._fail(command, "Redis cannot be reached")
+        # Deadlines rise along the batch and on through the queue.
+        unanswered = (command.deadline for command in self._batch if not command.future.done())
+        following = next(unanswered, self._waiting[0].deadline if self._waiting else None)
+        self._timer = None if following is None else loop.call_at(following, self._expire)
+
+    def _resolve(self, command: Command[Any], answer: Any, server: Server) -> None:
+        if not command.future.done():
+            try:
+                command.future.set_result(command.decode(answer, server))
+            except Exception as error:
+                self._refuse(command, error)
+
+    def _refuse(self, command: Command[Any], error: Exception) -> None:
+        """An answer that no other try would better."""
+        code = error_code(error)
+        reason = REFUSALS.get(code, "Redis refused it")
+        self._fail(command, reason)
+        now = asyncio.get_running_loop().time()
+        if now - self._complaints.get(code, -COMPLAINT_INTERVAL) >= COMPLAINT_INTERVAL:
+            self._complaints[code] = now
+            # An unknown command's error goes on with its arguments, and there the payload is.
+            detail = str(error).partition(", with args")[0][:200]
+            logger.error("%s (%s %s)", reason, code, detail, extra={"event": "redis_refused"})
+
+    def _fail(self, command: Command[Any], reason: str) -> None:
+        if not command.future.done():
+            command.future.set_exception(Unavailable(reason, later()))
