@@ -21,6 +21,7 @@ An aligned field of eight bytes is read and written by one instruction, so none 
 import ipaddress
 import mmap
 import os
+import socket
 import time
 import zlib
 from collections.abc import Callable
@@ -38,7 +39,9 @@ YOUNG_SECONDS = 10.0
 SNAPSHOT_BYTES = 16 * 1024
 
 # The fields of a slot, eight bytes each. One slot fills a cache line or two, shared with no other worker.
-_PID, _STARTED, _HEARTBEAT, _CONNECTIONS, _STATE, _ACCEPTING, _EARLY, _RESTARTS, _SEQUENCE = range(9)
+_PID, _STARTED, _HEARTBEAT, _CONNECTIONS, _STATE, _ACCEPTING, _EARLY, _RESTARTS, _SEQUENCE, _SOCKETS = range(
+    10
+)
 _SLOT_FIELDS = 16
 _STOPPING = 0  # The one field of the header.
 
@@ -77,6 +80,8 @@ class Board:
     def __init__(self, workers: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.workers = workers
         self._clock = clock
+        # This node among all that share a Redis; the host alone would not do for two daemons on it.
+        self.name = f"{socket.gethostname()}-{os.urandom(3).hex()}"
         # Secret, so that nobody can choose addresses that fall on one counter.
         self._key = os.urandom(16)
         # The slot that this process writes; -1 in the parent.
@@ -165,6 +170,15 @@ class Board:
     def own_connections(self, value: int) -> None:
         self._ints[self._own + _CONNECTIONS] = value
 
+    @property
+    def own_sockets(self) -> int:
+        """Those of this worker's connections that are WebSockets."""
+        return self._ints[self._own + _SOCKETS]
+
+    @own_sockets.setter
+    def own_sockets(self, value: int) -> None:
+        self._ints[self._own + _SOCKETS] = value
+
     def slot(self, index: int) -> Slot:
         base, ints = self._base(index), self._ints
         return Slot(
@@ -195,6 +209,11 @@ class Board:
         """Open connections of all workers."""
         ints = self._ints
         return sum(ints[self._base(index) + _CONNECTIONS] for index in range(self.workers))
+
+    def sockets(self) -> int:
+        """Open WebSocket connections of all workers."""
+        ints = self._ints
+        return sum(ints[self._base(index) + _SOCKETS] for index in range(self.workers))
 
     def restarts(self) -> int:
         """How many workers have died unbidden since the start."""
@@ -289,7 +308,7 @@ class Board:
         """Take away what the slot's worker counted and showed; its connections are gone with it."""
         ints, base = self._ints, self._own
         ints[base + _STATE] = State.GONE
-        ints[base + _CONNECTIONS] = ints[base + _ACCEPTING] = 0
+        ints[base + _CONNECTIONS] = ints[base + _SOCKETS] = ints[base + _ACCEPTING] = 0
         size = 8 * _COUNTERS
         start = self._ints.nbytes + self.index * size
         self._memory[start : start + size] = bytes(size)

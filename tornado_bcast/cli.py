@@ -283,7 +283,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     # Imported before the fork, so that the workers share the pages.
     from . import daemon, worker
-    from .handlers import make_application
+    from .application import make_application
 
     def serve(config: "Config", sockets: "list[socket.socket]", board: "Board", index: int) -> int:
         logs.configure(config.log.format, config.log.level, worker=index)

@@ -1,0 +1,204 @@
+"""What one worker is made of, behind its sockets: broker, node, hub, heartbeat, statistics, handlers.
+
+`make_application` is called in the forked process; the rest is the context that the handlers see.
+"""
+
+import asyncio
+import json
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from tornado.web import Application
+
+from .board import Board
+from .brokers import Broker
+from .brokers.memory import MemoryBroker
+from .brokers.redis import RedisBroker
+from .config import Config
+from .errors import CloseCode
+from .handlers import make_routes
+from .handlers.base import Connection
+from .handlers.websocket import ping_frames
+from .heartbeat import TICK, Heartbeat
+from .hub import Hub
+from .logs import RefusalLog
+from .metrics import Metrics, Row
+from .node import Node
+from .rules import ChannelRules, Origins
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two rows of statistics, and after which a row of another node is too old to be shown.
+ROW_SECONDS = 1.0
+_STALE_SECONDS = 2.5
+# When everything stops, clients that come back at once find nobody: they are told to take their time.
+_RETURN_SECONDS = 5.0
+
+Close = Callable[[float], Awaitable[None]]
+
+
+def make_broker(config: Config) -> Broker:
+    """The broker that `[redis] url` names. The URL of `embedded:` has been replaced by its socket's."""
+    if config.redis.url.startswith("memory:"):
+        return MemoryBroker()
+    return RedisBroker(
+        config.redis.url,
+        prefix=config.redis.prefix,
+        publish_timeout=config.redis.publish_timeout,
+        wait_replicas=config.redis.wait_replicas,
+    )
+
+
+async def make_application(config: Config, board: Board, index: int) -> tuple[Application, Close]:
+    """Build and start a worker's inside; the second one closes it."""
+    inside = Inside(config, board, index)
+    await inside.start()
+    return make_routes(inside), inside.close
+
+
+class Inside:
+    """The context of the handlers (handlers.base.Context), and the owner of all that a worker runs."""
+
+    def __init__(self, config: Config, board: Board, index: int) -> None:
+        self.board = board
+        self.metrics = Metrics()
+        self.hub = Hub()
+        self.heartbeat: Heartbeat[Connection] = Heartbeat(config.heartbeat.interval, config.heartbeat.timeout)
+        self.refusals = RefusalLog(logging.getLogger("tornado_bcast.refusals"))
+        self.capacity = config.server.max_connections
+        self.draining = False
+        self.started = time.monotonic()
+        self.configure(config)
+        self.node = Node(
+            make_broker(config),
+            self.hub,
+            self.metrics,
+            everybody=config.channels.default,
+            join_timeout=config.redis.publish_timeout,
+        )
+        self.node.on_peer = self._on_peer
+        self._index = index
+        self._connections: set[Connection] = set()
+        # The last connection has gone.
+        self._emptied = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        # The last row of each worker of all nodes, and when it came.
+        self._peers: dict[tuple[str, int], tuple[float, Row]] = {}
+
+    def configure(self, config: Config) -> None:
+        """Take over keys, origins, limits and channel rules."""
+        self.config = config
+        self.rules = ChannelRules(config.channels)
+        self.origins = Origins(config.cors.origins)
+
+    async def start(self) -> None:
+        await self.node.start(self._row)
+        self.spawn(self._turn_heartbeat())
+        self.spawn(self._tell_row())
+
+    async def close(self, seconds: float) -> None:
+        """Say goodbye to all clients, spread over what of `seconds` is left for it, and end everything."""
+        self.draining = True
+        connections = list(self._connections)
+        random.shuffle(connections)
+        for connection in connections:
+            connection.end_for_now(CloseCode.RESTART, round(1000 * max(seconds, _RETURN_SECONDS)))
+        self._emptied.clear()
+        if self._connections:
+            try:
+                await asyncio.wait_for(self._emptied.wait(), seconds * 0.8)
+            except TimeoutError:
+                pass
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.node.close()
+
+    def connect(self, peer: Connection) -> None:
+        self._connections.add(peer)
+        self.heartbeat.add(peer, time.monotonic())
+
+    def disconnect(self, peer: Connection) -> None:
+        self._connections.discard(peer)
+        if not self._connections:
+            self._emptied.set()
+        self.heartbeat.remove(peer)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a task failed", exc_info=error, extra={"event": "internal_error"})
+
+    # Timers
+
+    async def _turn_heartbeat(self) -> None:
+        while True:
+            due = time.monotonic() + TICK
+            await asyncio.sleep(TICK)
+            now = time.monotonic()
+            self.metrics.loop_lag = now - due
+            ping, dead = self.heartbeat.turn(now)
+            if ping:
+                frames = ping_frames()
+                for peer in ping:
+                    peer.sink.answer(frames)
+            for peer in dead:
+                peer.end(CloseCode.HEARTBEAT_MISSED, "heartbeat missed", flush=False)
+
+    async def _tell_row(self) -> None:
+        """Put this worker's row on the board, for its siblings; the broker carries it to the other nodes."""
+        while True:
+            now = time.monotonic()
+            self.metrics.tick(now)
+            self.refusals.sweep(now)
+            self.board.put_snapshot(self._row())
+            await asyncio.sleep(ROW_SECONDS)
+
+    # Statistics
+
+    def _own_row(self) -> Row:
+        health = self.node.broker.health()
+        return {
+            "node": self.board.name,
+            "worker": self._index,
+            "pid": self.board.slot(self._index).pid,
+            "redis": "up" if health.up else "down",
+            "redisUp": int(health.up),
+            "redisRoundtrip": round(health.roundtrip or 0.0, 6),
+            **self.metrics.row(),
+        }
+
+    def _row(self) -> bytes:
+        return json.dumps(self._own_row(), separators=(",", ":")).encode()
+
+    def _on_peer(self, data: bytes) -> None:
+        try:
+            row = json.loads(data)
+            key = (row["node"], row["worker"])
+        except (ValueError, KeyError, TypeError):
+            return
+        now = time.monotonic()
+        self._peers[key] = (now, row)
+        for old in [key for key, (when, _) in self._peers.items() if now - when > _STALE_SECONDS]:
+            del self._peers[old]
+
+    def local_rows(self) -> list[Row]:
+        rows = [json.loads(data) for index, _, data in self.board.snapshots() if index != self._index]
+        return [self._own_row(), *rows]
+
+    def rows(self) -> list[Row]:
+        now = time.monotonic()
+        others = [
+            row
+            for when, row in self._peers.values()
+            if now - when <= _STALE_SECONDS and row["node"] != self.board.name
+        ]
+        return [*self.local_rows(), *others]

@@ -1,0 +1,276 @@
+"""What all handlers share: the worker they belong to, JSON answers, origins, and who may use HTTP.
+
+No handler touches Redis: they speak to the node. What a client sent is never logged, its query neither.
+"""
+
+import ipaddress
+import logging
+import secrets
+import time
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+from tornado.httputil import HTTPServerRequest
+from tornado.web import HTTPError, RequestHandler
+
+from ..board import Board
+from ..config import Config
+from ..errors import HTTP_STATUS, CloseCode, ErrorCode, Refusal
+from ..heartbeat import Peer
+from ..hub import Hub
+from ..logs import RefusalLog
+from ..metrics import Metrics, Row
+from ..node import Node
+from ..protocol import dump
+from ..rules import ChannelRules, Origins, take_tokens
+from ..sink import Sink
+
+logger = logging.getLogger(__name__)
+
+_FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
+_CODES: dict[int, ErrorCode] = {status: code for code, status in reversed(HTTP_STATUS.items())}
+
+
+class Context(Protocol):
+    """The worker, as its handlers see it. `config`, `rules` and `origins` are replaced by a reload."""
+
+    config: Config
+    rules: ChannelRules
+    origins: Origins
+    node: Node
+    hub: Hub
+    board: Board
+    metrics: Metrics
+    refusals: RefusalLog
+    # WebSocket connections that may be open at once over all workers; 0: no limit.
+    capacity: int
+    draining: bool
+    started: float
+
+    def connect(self, peer: "Connection") -> None:
+        """A connection has been opened: it is pinged from now on, and closed when the worker stops."""
+
+    def disconnect(self, peer: "Connection") -> None:
+        """It has been closed."""
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something to its end, or to that of the worker."""
+
+    def rows(self) -> list[Row]:
+        """The rows of statistics of all living workers of all nodes."""
+
+    def local_rows(self) -> list[Row]:
+        """Those of this node."""
+
+
+class Connection(Peer, Protocol):
+    """An open WebSocket connection, as its worker sees it."""
+
+    sink: Sink
+
+    def end(self, code: CloseCode, reason: str = "", *, flush: bool = True) -> None:
+        """Close it, after what is queued or in its place."""
+
+    def end_for_now(self, code: CloseCode, retry_after: int, *, flush: bool = True) -> None:
+        """Close it with a reason that says in how many milliseconds, at most, to come back."""
+
+
+def new_id() -> str:
+    """A message id that nobody else gives."""
+    return secrets.token_hex(16)
+
+
+def now_ms() -> int:
+    """Unix time in milliseconds, as it stands in every event."""
+    return time.time_ns() // 1_000_000
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this is a name or address of this machine alone."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+def host_name(request: HTTPServerRequest) -> str:
+    """The `Host` header without its port, and without the brackets of IPv6."""
+    host = request.host
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if ":" in host else host
+
+
+class BaseHandler(RequestHandler):
+    """A handler that answers in JSON. Subclasses set `kind` for the log of refusals."""
+
+    context: Context
+
+    def initialize(self, context: Context) -> None:
+        self.context = context
+
+    def set_default_headers(self) -> None:
+        self.set_header("Server", "tornado-bcast")
+        self.set_header("Cache-Control", "no-store")
+
+    @property
+    def remote_ip(self) -> str:
+        """The peer's address; behind `[server] trusted_proxies` the last one that no such proxy has."""
+        peer: str = self.request.remote_ip or ""
+        proxies = self.context.config.server.trusted_proxies
+        if not proxies:
+            return peer
+        hops = [hop.strip() for hop in self.request.headers.get("X-Forwarded-For", "").split(",")]
+        for hop in (peer, *reversed(hops)):
+            try:
+                address = ipaddress.ip_address(hop)
+            except ValueError:
+                return peer
+            peer = hop
+            if not any(address in network for network in proxies):
+                break
+        return peer
+
+    def prepare(self) -> None:
+        """Origins: a foreign page may neither connect nor publish; CORS headers for those that may."""
+        origin = self.request.headers.get("Origin")
+        if origin is None:
+            return
+        # What a cache keeps for one origin is not for another.
+        self.set_header("Vary", "Origin")
+        if self.context.origins.allow(origin):
+            self.set_header("Access-Control-Allow-Origin", origin)
+            self.set_header("Access-Control-Expose-Headers", "Retry-After")
+            return
+        self.refuse(
+            Refusal(
+                "forbidden",
+                "This Origin may not use the server; see [cors] origins.",
+                setting="[cors] origins",
+            ),
+            kind="origin",
+            origin=origin[:200],
+        )
+
+    def options(self, *args: str) -> None:
+        """CORS preflight (https://fetch.spec.whatwg.org/#cors-preflight-fetch)."""
+        self.set_header("Access-Control-Allow-Methods", "GET, POST, OPTIONS")
+        self.set_header(
+            "Access-Control-Allow-Headers", "Authorization, Content-Type, Idempotency-Key, X-API-Key"
+        )
+        self.set_header("Access-Control-Max-Age", "600")
+        self.set_status(204)
+
+    def authorize(self) -> None:
+        """Raise Refusal unless the request may use the operator's entrances (docs/PROTOCOL.md, "Who may")."""
+        server = self.context.config.server
+        if server.env == "development" and self._is_local():
+            return
+        raise Refusal(
+            "unauthorized",
+            "An API key is needed: set [auth] api_keys and send it as `Authorization: Bearer KEY`."
+            " Without a key only requests that are plainly local are taken, and only in development.",
+            setting="[auth] api_keys",
+        )
+
+    def _is_local(self) -> bool:
+        headers = self.request.headers
+        origin = headers.get("Origin")
+        return (
+            is_loopback(self.request.remote_ip or "")
+            and is_loopback(host_name(self.request))
+            and not any(name in headers for name in _FORWARDED)
+            and (origin is None or self.context.origins.named(origin))
+        )
+
+    def check_http_rate(self, count: int) -> None:
+        """Take tokens of the bucket that all workers share for this peer; Refusal when there are none."""
+        limits = self.context.config.limits
+        if not limits.http_rate:
+            return
+        board = self.context.board
+        bucket = board.bucket(self.remote_ip)
+        full_at, wait = take_tokens(
+            board.get(bucket), time.monotonic(), limits.http_rate, limits.http_burst, count
+        )
+        board.set(bucket, full_at)
+        if wait:
+            raise Refusal(
+                "rate_limited",
+                f"A peer may publish {limits.http_rate:g} messages a second over HTTP; wait for Retry-After.",
+                retry_after=int(wait * 1000) + 1,
+                setting="[limits] http_rate",
+            )
+
+    def refuse(
+        self,
+        refusal: Refusal,
+        *,
+        kind: Literal["origin", "rule", "limit"] = "rule",
+        origin: str | None = None,
+    ) -> None:
+        """Answer with an error and log the refusal."""
+        if refusal.setting:
+            self.context.refusals.add(
+                time.monotonic(),
+                kind,
+                refusal.message,
+                setting=refusal.setting,
+                remote=self.remote_ip,
+                origin=origin,
+            )
+        self.finish_error(HTTP_STATUS[refusal.code], refusal.code, refusal.message, refusal.retry_after)
+
+    def finish_error(
+        self, status: int, code: ErrorCode, message: str, retry_after: int | None = None
+    ) -> None:
+        self.set_status(status)
+        if status == 401:
+            self.set_header("WWW-Authenticate", "Bearer")
+        if retry_after is not None or status in (429, 503):
+            self.set_header("Retry-After", str(-(-(retry_after or 1000) // 1000)))
+        self.finish_json({"error": {"code": code, "message": message}})
+
+    def finish_json(self, value: dict[str, Any]) -> None:
+        self.set_header("Content-Type", "application/json; charset=UTF-8")
+        self.finish(dump(value))
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Tornado's way to say that something went wrong, in our form and without anything of the inside."""
+        code = _CODES.get(status_code, "bad_message" if status_code < 500 else "internal")
+        message = {
+            400: "The request cannot be understood.",
+            403: "This is not allowed.",
+            404: "There is nothing here; docs/PROTOCOL.md lists what there is.",
+            405: "This method is not allowed here.",
+            413: "The request is too large; see [limits] max_message_bytes.",
+        }.get(status_code, "Something went wrong on the server; its log says what.")
+        self.finish_error(status_code, code, message)
+
+    def log_exception(
+        self,
+        typ: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        """As Tornado's, without the request, whose query may hold secrets."""
+        if isinstance(value, HTTPError):
+            return
+        logger.error(
+            "unexpected error in %s",
+            type(self).__name__,
+            exc_info=(typ, value, tb) if typ and value else None,
+            extra={"event": "internal_error"},
+        )
+
+
+class NotFoundHandler(BaseHandler):
+    """Everything that is no entrance."""
+
+    def prepare(self) -> None:
+        raise HTTPError(404)

@@ -1,0 +1,84 @@
+"""What operators and monitors ask for: health, statistics, metrics."""
+
+import time
+from typing import Any
+
+from .. import __version__
+from ..errors import Refusal, Unavailable
+from ..metrics import exposition, summary
+from .base import BaseHandler
+
+
+class HealthHandler(BaseHandler):
+    """`/health`, `/health/live` and `/health/ready`: for whom is in docs/OPERATIONS.md. Open to everybody."""
+
+    async def get(self, kind: str | None = None) -> None:
+        context = self.context
+        if kind == "live":
+            # That this is answered shows that the loop turns.
+            self.finish_json({"status": "ok"})
+            return
+        body: dict[str, Any] = {}
+        if kind is None and self.get_query_argument("deep", "") == "1":
+            try:
+                body["canaryMs"] = round(await context.node.broker.probe() * 1000, 2)
+            except Unavailable:
+                body["canaryMs"] = None
+        health = context.node.broker.health()
+        up = health.up and body.get("canaryMs", 0) is not None
+        status = "draining" if context.draining else "ok" if up and health.problem is None else "degraded"
+        body = {
+            "status": status,
+            "redis": "up" if up else "down",
+            "version": __version__,
+            "uptimeSeconds": round(time.monotonic() - context.started, 1),
+            **body,
+        }
+        if health.problem is not None:
+            body["problem"] = health.problem
+        if status == "draining" or not up:
+            self.set_status(503)
+        elif status == "degraded" and kind is None:
+            self.set_status(503)
+        self.finish_json(body)
+
+
+class OperatorHandler(BaseHandler):
+    """Entrances that ask for an API key."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        if self._finished or self.request.method == "OPTIONS":
+            return
+        try:
+            self.authorize()
+        except Refusal as refusal:
+            self.refuse(refusal)
+
+
+class StatsHandler(OperatorHandler):
+    """`/stats`: all workers of all nodes."""
+
+    async def get(self) -> None:
+        context = self.context
+        try:
+            channels = len(await context.node.channels())
+        except Unavailable:
+            # How many there are elsewhere cannot be known now; /health tells of Redis.
+            channels = context.node.channel_count
+        self.finish_json(
+            summary(
+                context.rows(),
+                channels=channels,
+                version=__version__,
+                uptime=time.monotonic() - context.started,
+            )
+        )
+
+
+class MetricsHandler(OperatorHandler):
+    """`/metrics`: the workers of this node, for Prometheus."""
+
+    def get(self) -> None:
+        self.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.finish(exposition(self.context.local_rows(), self.context.board.restarts()))

@@ -1,0 +1,132 @@
+"""Who may do what: channel names, globs, channel rules, origins, token buckets.
+
+Pure functions and small tables; nothing here knows sockets or the clock, times come in as seconds.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+from .config import ChannelRule, ChannelsConfig
+from .errors import Refusal
+
+# RFC 3986's unreserved characters and a few that people use to structure names.
+_CHANNEL = re.compile(r"[A-Za-z0-9_\-.:@=+/~]{1,255}")
+# How many channel names `ChannelRules` remembers the rule of; a client can invent names without end.
+_CACHE_SIZE = 100_000
+
+
+def check_channel(channel: object) -> str:
+    """The name, or Refusal `bad_channel` unless it is one that clients may use."""
+    if isinstance(channel, str) and _CHANNEL.fullmatch(channel):
+        return channel
+    if channel is None:
+        raise Refusal("bad_channel", "`channel` is missing.")
+    if isinstance(channel, str) and channel.startswith("$"):
+        raise Refusal("bad_channel", "Channels that begin with $ are the server's own; choose another name.")
+    raise Refusal(
+        "bad_channel",
+        "`channel` must be a string of 1 to 255 of the characters A-Z a-z 0-9 _ - . : @ = + / ~",
+    )
+
+
+def glob(pattern: str) -> re.Pattern[str]:
+    """Compile a glob: `*` any run of characters, `?` one character, nothing else is special."""
+    return re.compile(
+        "".join({"*": ".*", "?": "."}.get(char) or re.escape(char) for char in pattern), re.DOTALL
+    )
+
+
+class ChannelRules:
+    """Finds the rule of a channel: that of the first `[channel GLOB]` that matches, else the defaults."""
+
+    def __init__(self, channels: ChannelsConfig) -> None:
+        self._default = channels.default
+        self._globs = [(glob(rule.pattern), rule) for rule in channels.rules]
+        self._cache: dict[str, ChannelRule] = {}
+        self.publish_all = channels.publish_all
+
+    def find(self, channel: str) -> ChannelRule:
+        rule = self._cache.get(channel)
+        if rule is None:
+            rule = next((rule for pattern, rule in self._globs if pattern.fullmatch(channel)), self._default)
+            if len(self._cache) >= _CACHE_SIZE:
+                self._cache.clear()
+            self._cache[channel] = rule
+        return rule
+
+    def check_subscribe(self, channel: str) -> ChannelRule:
+        """The rule of a channel that this client may subscribe to; Refusal otherwise."""
+        rule = self.find(channel)
+        if rule.subscribe != "anyone":
+            raise Refusal(
+                "forbidden",
+                "This channel cannot be subscribed to.",
+                channel=channel,
+                setting=f"[{_section(rule)}] subscribe",
+            )
+        return rule
+
+    def check_publish(self, channel: str | None, via: Literal["ws", "http"]) -> ChannelRule:
+        """The rule of a channel that this publisher may publish to; None is a broadcast to all."""
+        rule = self._default if channel is None else self.find(channel)
+        allowed, key = (self.publish_all, "publish_all") if channel is None else (rule.publish, "publish")
+        if via == "http" or allowed == "anyone":
+            return rule
+        raise Refusal(
+            "forbidden",
+            "Messages to everybody are published over HTTP only."
+            if channel is None
+            else "This channel is published to over HTTP only.",
+            channel=channel,
+            setting=f"[{'channels' if channel is None else _section(rule)}] {key}",
+        )
+
+
+def _section(rule: ChannelRule) -> str:
+    return f"channel {rule.pattern}" if rule.pattern else "channels"
+
+
+class Origins:
+    """Which `Origin` may connect and read: the list of `[cors] origins`.
+
+    `*` is any origin, `https://*.example.com` any host below example.com (not itself), `null` the origin of a
+    page opened from disk or a sandboxed frame.
+    """
+
+    def __init__(self, origins: Iterable[str]) -> None:
+        self._names = {origin.lower() for origin in origins}
+        self._any = "*" in self._names
+        self._patterns = [
+            # A host label never holds a slash, so the wildcard cannot run into another part of the origin.
+            re.compile(re.escape(name).replace(r"\*", r"[a-z0-9_.-]+"))
+            for name in self._names
+            if "*" in name and name != "*"
+        ]
+
+    def allow(self, origin: str) -> bool:
+        """Whether this origin may use the server."""
+        return self._any or self.named(origin)
+
+    def named(self, origin: str) -> bool:
+        """Whether this origin stands in the list by name or pattern; `*` does not count."""
+        origin = origin.lower()
+        return origin in self._names - {"*"} or any(p.fullmatch(origin) for p in self._patterns)
+
+
+def take_tokens(full_at: float, now: float, rate: float, burst: int, count: int = 1) -> tuple[float, float]:
+    """Take `count` tokens of a bucket that holds `burst` and gains `rate` a second.
+
+    The bucket's whole state is one number, the time at which it is full again (the generic cell rate
+    algorithm of ITU-T I.371). Returns its new value, and the seconds to wait: 0 when the tokens were taken,
+    else nothing was taken. A rate of 0 is no limit; a burst of 0 is one second's worth.
+    """
+    if rate <= 0:
+        return full_at, 0.0
+    capacity = max(burst or rate, 1)
+    taken = max(full_at, now) + count / rate
+    wait = taken - now - capacity / rate
+    # A request for more than a whole bucket is let through when the bucket is full, or it never would be.
+    if wait <= 1e-9 or full_at <= now:
+        return taken, 0.0
+    return full_at, wait

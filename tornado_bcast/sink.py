@@ -1,0 +1,216 @@
+"""One connection's way out: the kernel's buffer while it takes everything, a bounded queue when it does not.
+
+A sink knows bytes, lengths and policies; never JSON, and channels only as keys of its queue. While nothing
+is queued a frame goes straight to the socket, without a future or a copy; what the kernel did not take goes
+through the stream, in order, and so does everything on a TLS connection.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from tornado.iostream import IOStream, StreamClosedError
+
+# What happens to a message that does not fit into the queue of a slow connection. `wait`: it is refused, and
+# stays in the stream of its persistent channel.
+SlowConsumer = Literal["disconnect", "drop_oldest", "latest", "wait"]
+
+# Bytes handed to the stream at a time, so that drop_oldest and latest have a say about the rest.
+_CHUNK = 65536
+
+
+class SinkOwner(Protocol):
+    """Who holds the other end: told by plain calls, which may close the sink."""
+
+    def on_slow(self) -> None:
+        """The queue is full of what must not be dropped: the connection is too slow to go on."""
+
+    def on_drained(self) -> None:
+        """Everything queued has left."""
+
+    def on_dropped(self, count: int, policy: SlowConsumer) -> None:
+        """So many messages were dropped by policy."""
+
+
+class _Entry:
+    """Frames in the queue. `channel` is set where the policy may drop them."""
+
+    __slots__ = ("channel", "count", "data")
+
+    def __init__(self, channel: str | None, data: bytes, count: int) -> None:
+        self.channel = channel
+        self.data = data
+        self.count = count
+
+
+class Sink:
+    """Sends frames to one connection. All methods are plain calls on the loop; none blocks or raises."""
+
+    __slots__ = ("_direct", "_entries", "_latest", "_limit", "_owner", "_queued", "_send", "_stream", "clear")
+
+    def __init__(self, stream: IOStream, owner: SinkOwner, limit: int, *, direct: bool) -> None:
+        self._stream = stream
+        self._owner = owner
+        # Bytes; the bound of `queued`.
+        self._limit = limit
+        # False for TLS: every byte has to pass the stream.
+        self._direct = direct
+        self._send = stream.socket.send
+        # Nothing is queued or being written: the next frame may go straight to the socket.
+        self.clear = direct
+        # Bytes accepted and not yet known to have left, those in the stream's hands included.
+        self._queued = 0
+        # Both exist only while something is queued: an idle connection pays nothing for them.
+        self._entries: deque[_Entry] | None = None
+        self._latest: dict[str, _Entry] | None = None
+
+    @property
+    def queued(self) -> int:
+        """Bytes that wait to leave."""
+        return self._queued
+
+    def send(self, channel: str, data: bytes, frames: Sequence[bytes], policy: SlowConsumer) -> bool:
+        """Send a channel's messages: `data` is `frames` joined. False: not taken, by policy `wait` alone."""
+        if self.clear:
+            try:
+                sent = self._send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                # The peer is gone; the read side of the stream finds that out and ends the connection.
+                self.clear = False
+                return True
+            if sent == len(data):
+                return True
+            self._begin(data, sent)
+            return True
+        return self._enqueue(channel, data, frames, policy)
+
+    def answer(self, data: bytes) -> None:
+        """Send frames that are not a channel's messages, after all that is queued. Never dropped."""
+        if self.clear:
+            self.send("", data, (data,), "disconnect")
+        elif self._queued + len(data) > self._limit and self._queued:
+            self._owner.on_slow()
+        else:
+            self._append(None, data, 0)
+
+    def end(self, data: bytes) -> None:
+        """Send a last frame after all that is queued, whatever the bound."""
+        if self.clear:
+            self.send("", data, (data,), "disconnect")
+        else:
+            self._append(None, data, 0)
+
+    def forget(self) -> None:
+        """Drop what is queued. A frame that is half written is finished all the same."""
+        if self._entries:
+            self._queued -= sum(len(entry.data) for entry in self._entries)
+            self._entries.clear()
+            self._latest = None
+
+    def _begin(self, data: bytes, sent: int) -> None:
+        # A frame that has begun is finished whatever the policy says, or the stream of frames would break.
+        self.clear = False
+        if not self._write(memoryview(data)[sent:]):
+            self._drain()
+
+    def _enqueue(self, channel: str, data: bytes, frames: Sequence[bytes], policy: SlowConsumer) -> bool:
+        count = len(frames)
+        if policy == "latest":
+            self._owner_dropped(count - 1, policy)
+            return self._replace(channel, frames[-1])
+        if self._queued + len(data) > self._limit and self._queued:
+            if policy == "wait":
+                return False
+            if policy == "disconnect":
+                self._owner.on_slow()
+                return True
+            if not self._make_room(len(data)):
+                self._owner_dropped(count, policy)
+                return True
+        self._append(channel if policy == "drop_oldest" else None, data, count)
+        return True
+
+    def _replace(self, channel: str, frame: bytes) -> bool:
+        if self._latest is None:
+            self._latest = {}
+        entry = self._latest.get(channel)
+        if entry is not None:
+            self._queued += len(frame) - len(entry.data)
+            entry.data = frame
+            self._owner_dropped(1, "latest")
+        elif self._queued + len(frame) > self._limit and self._queued and not self._make_room(len(frame)):
+            self._owner_dropped(1, "latest")
+        else:
+            self._latest[channel] = self._append(channel, frame, 1)
+        return True
+
+    def _make_room(self, size: int) -> bool:
+        """Drop the oldest messages until `size` bytes fit; False where even all of them would not do."""
+        entries = self._entries or deque()
+        kept: list[_Entry] = []
+        dropped = 0
+        while entries and self._queued + size > self._limit:
+            entry = entries.popleft()
+            if entry.channel is None:
+                kept.append(entry)
+                continue
+            self._queued -= len(entry.data)
+            dropped += entry.count
+            if self._latest:
+                self._latest.pop(entry.channel, None)
+        entries.extendleft(reversed(kept))
+        self._owner_dropped(dropped, "drop_oldest")
+        return self._queued + size <= self._limit
+
+    def _owner_dropped(self, count: int, policy: SlowConsumer) -> None:
+        if count:
+            self._owner.on_dropped(count, policy)
+
+    def _append(self, channel: str | None, data: bytes, count: int) -> _Entry:
+        entry = _Entry(channel, data, count)
+        if self._entries is None:
+            self._entries = deque()
+        self._entries.append(entry)
+        self._queued += len(data)
+        if not self._stream.writing():
+            self._drain()
+        return entry
+
+    def _drain(self) -> None:
+        """Hand queued frames to the stream until it holds some back."""
+        while self._entries:
+            chunk = bytearray()
+            while self._entries and len(chunk) < _CHUNK:
+                entry = self._entries.popleft()
+                if self._latest and entry.channel is not None and self._latest.get(entry.channel) is entry:
+                    del self._latest[entry.channel]
+                chunk += entry.data
+            self._queued -= len(chunk)
+            if self._write(memoryview(chunk)):
+                return
+        if self._queued == 0 and not self._stream.closed() and not self._stream.writing():
+            self._entries = self._latest = None
+            self.clear = self._direct
+            self._owner.on_drained()
+
+    def _write(self, data: memoryview) -> bool:
+        """Write through the stream; True while it has not taken everything to the kernel."""
+        try:
+            future = self._stream.write(data)
+        except StreamClosedError:
+            self._entries = self._latest = None
+            self._queued = 0
+            return True
+        if not self._stream.writing():
+            return False
+        size = len(data)
+        self._queued += size
+
+        def written(_: object) -> None:
+            self._queued -= size
+            self._drain()
+
+        future.add_done_callback(written)
+        return True

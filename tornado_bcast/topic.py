@@ -1,0 +1,126 @@
+"""One channel on one node: who uses it, how far it has been heard, and what this turn of the loop brought.
+
+Sans-I/O: the node feeds it what the broker tells and asks it what to do. For a persistent channel it holds
+the node's head, the place up to which every message has been seen without a hole; `accept` says whether a
+message is the next one.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from .brokers import BusMessage, History
+from .config import ChannelRule
+from .delivery import Delivery
+from .sink import Sink
+
+
+class Topic:
+    """A channel that somebody on this node uses or has just used. Owner: the node."""
+
+    __slots__ = (
+        "behind",
+        "channel",
+        "edge",
+        "ends",
+        "epoch",
+        "filling",
+        "flushed",
+        "frames",
+        "heard",
+        "joining",
+        "live",
+        "rule",
+        "seq",
+        "timestamp",
+        "users",
+    )
+
+    def __init__(self, channel: str, rule: ChannelRule) -> None:
+        self.channel = channel
+        self.rule = rule
+        # Subscriptions that hold the broker's: joined or joining.
+        self.users = 0
+        # The broker's subscription, and of a persistent channel its head, on their way; None before.
+        self.joining: asyncio.Task[None] | None = None
+        # Frames for the live subscribers, of this turn of the loop; and the first one's publishing time, ms.
+        self.frames: list[bytes] = []
+        self.timestamp = 0
+
+        # The rest is of persistent channels alone.
+        self.live: dict[Sink, Subscriber] = {}
+        self.behind: dict[Sink, Subscriber] = {}
+        # The node's head: every message up to here has been seen. "" until it is known.
+        self.epoch = ""
+        self.seq = 0
+        # Where earlier epochs of this line of numbers ended.
+        self.ends: dict[str, int] = {}
+        # The head when the frames above began to gather.
+        self.flushed = 0
+        # The highest message that may be written before some live subscriber's window is full.
+        self.edge: int | None = None
+        # The stream is being read because of a hole: what comes meanwhile is dropped, and read there.
+        self.filling: asyncio.Task[None] | None = None
+        # The last message that was dropped so; None when none was.
+        self.heard: tuple[str, int] | None = None
+
+    def accept(self, message: BusMessage) -> bool:
+        """Whether a message is the next one; the head then moves. False: an old one, or `heard` is set."""
+        if message.epoch == self.epoch and message.seq <= self.seq:
+            return False
+        if self.filling is not None or message.epoch != self.epoch or message.seq != self.seq + 1:
+            self.heard = (message.epoch, message.seq)
+            return False
+        self.seq = message.seq
+        return True
+
+    def knows(self, epoch: str | None, seq: int) -> bool:
+        """Whether the position is of this line of numbers and not past its head."""
+        if epoch is None or epoch == self.epoch:
+            return seq <= self.seq
+        return seq <= self.ends.get(epoch, -1)
+
+    def adopt(self, history: History, seq: int) -> None:
+        """Take over the line of numbers that a read has shown, with `seq` as the node's head."""
+        self.epoch = history.epoch
+        self.ends = history.ends
+        self.seq = self.flushed = seq
+
+    def is_caught_up(self, history: History) -> bool:
+        """Whether a read has shown everything, also what was dropped while it was under way.
+
+        `heard` was cleared before the read. A message of an epoch that the read did not know may be of one
+        that has begun since.
+        """
+        if self.seq < history.seq:
+            return False
+        if self.heard is None:
+            return True
+        epoch, seq = self.heard
+        return seq <= self.seq if epoch == history.epoch else epoch in history.ends
+
+
+class Subscriber:
+    """One connection's subscription to a channel, as the node sees it. `delivery` None: not persistent."""
+
+    __slots__ = ("closed", "delivery", "on_lost", "on_overdue", "reading", "sink", "topic", "watched")
+
+    def __init__(
+        self,
+        topic: Topic,
+        sink: Sink,
+        delivery: Delivery | None,
+        on_lost: Callable[[str, str, int], None],
+        on_overdue: Callable[[str], None],
+    ) -> None:
+        self.topic = topic
+        self.sink = sink
+        self.delivery = delivery
+        # Called with channel, epoch, seq: there is a gap; it goes on after that position.
+        self.on_lost = on_lost
+        # Called with the channel: too many tries without an ack.
+        self.on_overdue = on_overdue
+        # A piece of the stream is being read for it.
+        self.reading = False
+        # It stands on the wheel.
+        self.watched = False
+        self.closed = False

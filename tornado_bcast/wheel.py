@@ -1,0 +1,37 @@
+"""A timer wheel: many items with due times behind one timer (heartbeats, acks). Knows no clock."""
+
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Wheel(Generic[Item]):
+    """Items by due time, in slots of `tick` seconds: no timer for each, and no search for those due."""
+
+    __slots__ = ("_slots", "_tick", "_turned")
+
+    def __init__(self, tick: float) -> None:
+        self._tick = tick
+        self._slots: dict[int, dict[Item, None]] = {}
+        # The last slot that was emptied; what is overdue already goes into the next one.
+        self._turned = -1
+
+    def add(self, item: Item, due: float) -> int:
+        """Put an item in; the slot returned takes it out again by `discard`."""
+        slot = max(int(due / self._tick) + 1, self._turned + 1)
+        self._slots.setdefault(slot, {})[item] = None
+        return slot
+
+    def discard(self, item: Item, slot: int) -> None:
+        items = self._slots.get(slot)
+        if items is not None:
+            items.pop(item, None)
+
+    def expired(self, now: float) -> Iterator[Item]:
+        """Take out and yield what is due: never early, and late by at most one tick."""
+        turn = int(now / self._tick)
+        due = sorted(slot for slot in self._slots if slot <= turn)
+        self._turned = turn
+        for slot in due:
+            yield from self._slots.pop(slot)
