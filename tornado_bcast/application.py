@@ -24,6 +24,7 @@ from .handlers.base import Connection
 from .handlers.websocket import ping_frames
 from .heartbeat import TICK, Heartbeat
 from .hub import Hub
+from .keeper import Keeper
 from .logs import RefusalLog
 from .metrics import Metrics, Row
 from .node import Node
@@ -80,6 +81,7 @@ class Inside:
             join_timeout=config.redis.publish_timeout,
         )
         self.node.on_peer = self._on_peer
+        self.keeper = Keeper(self.node.broker.sessions, config.session.ttl)
         self._index = index
         self._connections: set[Connection] = set()
         # The last connection has gone.
@@ -98,6 +100,8 @@ class Inside:
         await self.node.start(self._row)
         self.spawn(self._turn_heartbeat())
         self.spawn(self._tell_row())
+        self.spawn(self.keeper.run())
+        self.spawn(self.node.listen(self.keeper.channel, self.keeper.on_notice))
 
     async def close(self, seconds: float) -> None:
         """Say goodbye to all clients, spread over what of `seconds` is left for it, and end everything."""
@@ -112,6 +116,10 @@ class Inside:
                 await asyncio.wait_for(self._emptied.wait(), seconds * 0.8)
             except TimeoutError:
                 pass
+        try:
+            await asyncio.wait_for(self.keeper.flush(), seconds * 0.1)
+        except TimeoutError:
+            logger.warning("not all sessions were saved", extra={"event": "sessions_unsaved"})
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -60,7 +60,7 @@ class Node:
         self._active: set[Topic] = set()
         self._wheel: Wheel[Subscriber] = Wheel(TICK)
         # Reads of the stream under way, by channel and position: those who stand at one place share one.
-        self._pieces: dict[tuple[str, int], asyncio.Task[History]] = {}
+        self._pieces: dict[tuple[str, int, int], asyncio.Task[History]] = {}
         self._reads = asyncio.Semaphore(MAX_READS)
         self._check: Iterator[list[Topic]] = iter(())
         # The channels of all nodes: a walk over all of them for Redis, so asked for by one at a time.
@@ -69,6 +69,8 @@ class Node:
         self._listed_at = float("-inf")
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.Task[None] | None = None
+        # The server's own channels that this worker listens to, and who hears them.
+        self._own: dict[str, Callable[[BusMessage], None]] = {}
         self.on_peer: Callable[[bytes], None] = lambda row: None
 
     async def start(self, row: Callable[[], bytes]) -> None:
@@ -100,7 +102,8 @@ class Node:
         """Those with subscribers over all nodes, at most a second old. Raises Unavailable."""
         async with self._listing:
             if self._now() - self._listed_at > LIST_AGE:
-                self._listed = await self._broker.channels()
+                names = await self._broker.channels()
+                self._listed = [name for name in names if not name.startswith("$")]
                 self._listed_at = self._now()
         return self._listed
 
@@ -139,6 +142,9 @@ class Node:
         else:
             found = self._topics.get(channel)
             if found is None:
+                own = self._own.get(channel)
+                if own is not None:
+                    own(message)
                 return
             topic = found
             if message.seq and topic.rule.persistent and not topic.accept(message):
@@ -213,6 +219,11 @@ class Node:
         if topic.rule.persistent:
             await self._fill(topic)
 
+    async def listen(self, channel: str, hear: Callable[[BusMessage], None]) -> None:
+        """Hear one of the server's own channels from now on; returns when the broker has confirmed that."""
+        self._own[channel] = hear
+        await self._broker.subscribe(channel)
+
     def leave(self, topic: Topic) -> None:
         """Give back what `join` gave. The broker's subscription goes a moment after the last user."""
         topic.users -= 1
@@ -259,8 +270,10 @@ class Node:
         """
         if since is None and not last:
             return topic.seq, True
-        history = await self._broker.read(topic.channel, topic.seq, 0)
-        if history.epoch != topic.epoch or history.seq > topic.seq:
+        if since is not None and since.seq == topic.seq and topic.knows(since.epoch, since.seq):
+            return since.seq, True
+        history = await self._piece(topic.channel, topic.seq, 0)
+        if history.epoch != topic.epoch or (since is not None and topic.seq < since.seq <= history.seq):
             # This node has not heard all of it yet.
             await self._caught_up(topic)
         oldest = min(history.first - 1, topic.seq)
@@ -397,12 +410,13 @@ class Node:
             self._fill_soon(topic)
         self.advance(subscriber)
 
-    async def _piece(self, channel: str, after: int) -> History:
+    async def _piece(self, channel: str, after: int, limit: int = PIECE) -> History:
         """Read a piece of the stream; those who want the same one share the read."""
-        task = self._pieces.get((channel, after))
+        key = channel, after, limit
+        task = self._pieces.get(key)
         if task is None:
-            task = self._pieces[channel, after] = asyncio.create_task(self._read(channel, after, PIECE))
-            task.add_done_callback(lambda _: self._pieces.pop((channel, after), None))
+            task = self._pieces[key] = asyncio.create_task(self._read(*key))
+            task.add_done_callback(lambda _: self._pieces.pop(key, None))
         return await asyncio.shield(task)
 
     async def _read(self, channel: str, after: int, limit: int) -> History:

@@ -6,11 +6,14 @@ node's work. Times are seconds of any steady clock.
 
 import secrets
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
+from .brokers import SessionChange, StoredSession
 from .config import ChannelRule, LimitsConfig
+from .delivery import Delivery
 from .errors import Refusal
-from .protocol import Auth, Broadcast, Command, Subscribe, Unsubscribe
+from .protocol import Auth, Broadcast, Command, Position, Subscribe, Unsubscribe
 from .rules import ChannelRules, take_tokens
 
 # How many bursts' worth of refused requests a client may send before its connection is closed for it.
@@ -19,26 +22,88 @@ _PATIENCE = 4
 
 @dataclass(slots=True)
 class Subscription:
-    """A channel that the client is subscribed to. `held` is the connection's: what it has to give back."""
+    """A channel that the client is subscribed to. `delivery` is None on channels that are not persistent."""
 
     rule: ChannelRule
-    acks: bool
+    delivery: Delivery | None
+    # The connection's: what it has to give back to the node.
     held: Any = None
+
+    @property
+    def acks(self) -> bool:
+        return self.delivery is not None and self.delivery.acks
+
+    def encode(self) -> str:
+        """What is stored of it: with acks the epoch and seq up to which all is processed, else `-`."""
+        if self.delivery is None or not self.delivery.acks:
+            return "-"
+        return "{} {}".format(*self.delivery.position)
+
+
+def decode_subscription(value: str) -> Position | None:
+    """The acked position in what was stored; None for a subscription without acks."""
+    epoch, _, seq = value.partition(" ")
+    return Position(epoch, int(seq)) if seq.isdecimal() else None
 
 
 class Session:
     """See the module. `client_id` is public, `id` the secret by which it is resumed."""
 
-    __slots__ = ("_full_at", "_patient_until", "client_id", "id", "subscriptions")
+    __slots__ = (
+        "_full_at",
+        "_patient_until",
+        "changed",
+        "client_id",
+        "generation",
+        "id",
+        "is_stored",
+        "principal",
+        "restorable",
+        "subscriptions",
+        "taken",
+    )
 
-    def __init__(self) -> None:
-        self.client_id = secrets.token_urlsafe(9)
+    def __init__(self, stored: StoredSession | None = None, session_id: str | None = None) -> None:
         # 128 random bits, from the operating system.
-        self.id = secrets.token_urlsafe(16)
+        self.id = session_id or secrets.token_urlsafe(16)
+        self.client_id = stored.client_id if stored else secrets.token_urlsafe(9)
+        # Who this is: the `sub` of a token; "" for nobody.
+        self.principal = ""
+        # Higher than that of every connection that held this session before.
+        self.generation = stored.generation if stored else 1
+        self.is_stored = stored is not None
+        # A newer connection has it: nothing of it is written any more.
+        self.taken = False
         self.subscriptions: dict[str, Subscription] = {}
+        # What was stored of each subscription, until the connection has restored them.
+        self.restorable = stored.channels if stored else {}
+        # Channels of which the stored state is older than this one.
+        self.changed: set[str] = set()
         # The rate bucket, and the one that refused requests are taken from (rules.take_tokens).
         self._full_at = 0.0
         self._patient_until = 0.0
+
+    @staticmethod
+    def name(session_id: str) -> str:
+        """The name under which a session is stored. It does not give the secret id away."""
+        return blake2b(session_id.encode(), digest_size=16).hexdigest()
+
+    def take_change(self, owner: str) -> SessionChange:
+        """What is to be written now. The caller puts it back by `put_back` when that fails."""
+        whole = not self.is_stored
+        names = self.subscriptions if whole else self.changed
+        channels = {
+            name: subscription.encode() if (subscription := self.subscriptions.get(name)) else ""
+            for name in names
+        }
+        self.changed.clear()
+        self.is_stored = True
+        return SessionChange(self.generation, self.principal, self.client_id, owner, channels, whole)
+
+    def put_back(self, change: SessionChange) -> None:
+        """A change was not written, or it is not known whether it was."""
+        self.changed.update(change.channels)
+        self.is_stored = self.is_stored and not change.whole
 
     def receive(
         self, command: Command, rules: ChannelRules, limits: LimitsConfig, now: float

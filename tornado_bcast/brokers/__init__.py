@@ -8,7 +8,7 @@ a worker's node calls it and hears from it through `BrokerEvents`.
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 # What the last line of a bus message's header is followed by; see `encode_bus`.
 _NO_EPOCH = b"-"
@@ -123,6 +123,48 @@ class BrokerHealth:
     problem: str | None = None
 
 
+@dataclass(slots=True, frozen=True)
+class StoredSession:
+    """A session as it was last saved. `channels`: the state of each subscription, in session.py's form."""
+
+    client_id: str
+    generation: int
+    channels: dict[str, str]
+
+
+@dataclass(slots=True, frozen=True)
+class SessionChange:
+    """What is written of a session. `channels`: "" takes one away; with `whole` nothing else stays."""
+
+    generation: int
+    principal: str
+    client_id: str
+    # The server channel of the worker that holds the session: who takes it over says so there.
+    owner: str
+    channels: dict[str, str]
+    whole: bool
+
+
+# `taken`: a newer connection has it. `missing`: it is gone, or an older copy is; write it whole.
+SavedAs = Literal["saved", "taken", "missing"]
+
+
+class SessionStore(Protocol):
+    """Where sessions outlive their connections.
+
+    `name` is made of the session's secret id and does not give it away. Generations order those who hold a
+    session: a resume raises it, and a write with a lower one than is stored changes nothing. A session is
+    never deleted, it expires `ttl` seconds after its last write.
+    """
+
+    async def resume(self, name: str, principal: str, owner: str, ttl: float) -> StoredSession | None:
+        """Take a session over and tell its owner (`NAME GENERATION` on the owner's channel). None: no such
+        session of this principal. Raises `Unavailable`."""
+
+    async def save(self, name: str, change: SessionChange, ttl: float) -> SavedAs:
+        """Write what has changed. Raises `Unavailable`: it may or may not have been written."""
+
+
 class Broker(Protocol):
     """Carries and stores messages.
 
@@ -130,6 +172,10 @@ class Broker(Protocol):
     caller publishes to one channel keeps its order; a `message_id` is taken once per channel within its
     `dedup_ttl`. A message published after `subscribe` has returned is heard, or `on_gap` names its channel.
     """
+
+    @property
+    def sessions(self) -> SessionStore:
+        """Where sessions are kept."""
 
     async def start(self, events: BrokerEvents, row: Callable[[], bytes]) -> None:
         """Begin; returns at once, also when Redis is away. `row()` is sent to all workers each second."""

@@ -20,6 +20,9 @@ from tornado_bcast.brokers import (
     History,
     Publication,
     Receipt,
+    SavedAs,
+    SessionChange,
+    StoredSession,
 )
 from tornado_bcast.errors import Unavailable
 
@@ -28,6 +31,58 @@ logger = logging.getLogger(__name__)
 ROW_INTERVAL = 1.0  # seconds
 # Seconds for which a channel's epoch and counter are kept after the last publish or read, as on Redis.
 STATE_TTL = 30 * 86400.0
+
+
+@dataclass(slots=True)
+class _Session:
+    generation: int
+    principal: str
+    client_id: str
+    owner: str
+    channels: dict[str, str]
+    expires_at: float = 0
+
+
+class MemorySessions:
+    """See `SessionStore`."""
+
+    def __init__(self, clock: Callable[[], float], tell: Callable[[str, bytes], None]) -> None:
+        self._clock = clock
+        self._tell = tell
+        self._sessions: dict[str, _Session] = {}
+
+    async def resume(self, name: str, principal: str, owner: str, ttl: float) -> StoredSession | None:
+        session = self._sessions.get(name)
+        if session is None or session.principal != principal or session.expires_at <= self._clock():
+            return None
+        session.generation += 1
+        self._tell(session.owner, b"%s %d" % (name.encode(), session.generation))
+        session.owner = owner
+        session.expires_at = self._clock() + ttl
+        return StoredSession(session.client_id, session.generation, dict(session.channels))
+
+    async def save(self, name: str, change: SessionChange, ttl: float) -> SavedAs:
+        session = self._sessions.get(name)
+        if session is not None and session.generation > change.generation:
+            return "taken"
+        if change.whole:
+            session = self._sessions[name] = _Session(
+                change.generation, change.principal, change.client_id, change.owner, {}
+            )
+        elif session is None or session.generation < change.generation:
+            return "missing"
+        for channel, value in change.channels.items():
+            if value:
+                session.channels[channel] = value
+            else:
+                session.channels.pop(channel, None)
+        session.expires_at = self._clock() + ttl
+        return "saved"
+
+    def forget(self, now: float) -> None:
+        """Give up what has expired."""
+        for name in [name for name, session in self._sessions.items() if session.expires_at <= now]:
+            del self._sessions[name]
 
 
 @dataclass(slots=True)
@@ -61,6 +116,7 @@ class MemoryBroker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._roundtrip: float | None = None
+        self.sessions = MemorySessions(self._clock, self._tell_owner)
 
     async def start(self, events: BrokerEvents, row: Callable[[], bytes]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -159,6 +215,9 @@ class MemoryBroker:
         line.forget_at = max(line.forget_at, now + STATE_TTL)
         return line
 
+    def _tell_owner(self, owner: str, notice: bytes) -> None:
+        self._tell(owner, BusMessage(notice, 0))
+
     def _tell(self, channel: str | None, message: BusMessage) -> None:
         if channel is None or channel in self._subscribed:
             if not self._bus:
@@ -185,6 +244,7 @@ class MemoryBroker:
         """Give up what has expired: once a second, and what is left is what may still be asked for."""
         for key in [key for key, (expires, _) in self._taken.items() if expires <= now]:
             del self._taken[key]
+        self.sessions.forget(now)
         for channel, line in list(self._lines.items()):
             if line.expires_at <= now:
                 line.messages.clear()

@@ -33,6 +33,7 @@ from tornado_bcast.brokers.redis_commands import (
 )
 from tornado_bcast.brokers.redis_link import Condition, Link, Server, check_server, connection_maker
 from tornado_bcast.brokers.redis_pipeline import Command, Pipeline
+from tornado_bcast.brokers.redis_sessions import RedisSessions
 
 __all__ = ["RedisBroker", "check_server"]
 
@@ -63,6 +64,7 @@ class RedisBroker:
             self._publish_link, timeout=publish_timeout, wait_replicas=wait_replicas
         )
         self._commands = Pipeline(self._command_link, timeout=publish_timeout)
+        self.sessions = RedisSessions(self._commands, self._names)
         # From `start` on, for they need to know whom to tell.
         self._bridge: Bridge
         self._canary: Canary

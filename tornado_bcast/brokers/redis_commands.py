@@ -33,10 +33,12 @@ class Script:
 
 PUBLISH = Script("publish.lua")
 READ = Script("read.lua")
+RESUME = Script("resume.lua")
+SAVE = Script("save.lua")
 
 
 async def load_scripts(connection: Connection) -> None:
-    for script in (PUBLISH, READ):
+    for script in (PUBLISH, READ, RESUME, SAVE):
         await ask(connection, "SCRIPT", "LOAD", script.text)
 
 
@@ -54,6 +56,9 @@ class Names:
 
     def key(self, channel: str | None, kind: str) -> str:
         return f"{self.prefix}:{{{'$all' if channel is None else channel}}}:{kind}"
+
+    def session(self, name: str) -> str:
+        return f"{self.prefix}:session:{name}"
 
     def pattern(self) -> str:
         """A glob for the pub/sub names of all channels."""

@@ -19,6 +19,7 @@ from ..config import Config
 from ..errors import HTTP_STATUS, CloseCode, ErrorCode, Refusal
 from ..heartbeat import Peer
 from ..hub import Hub
+from ..keeper import Keeper
 from ..logs import RefusalLog
 from ..metrics import Metrics, Row
 from ..node import Node
@@ -43,6 +44,7 @@ class Context(Protocol):
     board: Board
     metrics: Metrics
     refusals: RefusalLog
+    keeper: Keeper
     # WebSocket connections that may be open at once over all workers; 0: no limit.
     capacity: int
     draining: bool

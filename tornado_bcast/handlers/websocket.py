@@ -10,6 +10,7 @@ import random
 import time
 from functools import partial
 from importlib.resources import files
+from typing import NamedTuple
 
 from tornado.iostream import SSLIOStream
 from tornado.web import HTTPError
@@ -36,7 +37,7 @@ from ..protocol import (
     encode_message,
     encode_ping,
 )
-from ..session import Session, Subscription
+from ..session import Session, Subscription, decode_subscription
 from ..sink import Sink, SlowConsumer
 from ..topic import Subscriber, Topic
 from .base import BaseHandler, new_id, now_ms
@@ -52,9 +53,26 @@ _PAGE_POLICY = (
 )
 
 
+# A subprotocol that begins so asks to resume the session whose id follows.
+_SESSION_PREFIX = "session."
+
+
 def ping_frames() -> bytes:
     """A heartbeat: the JSON ping and a WebSocket PING frame, in one write."""
     return frame(encode_ping(now_ms())) + frame(b"", PING)
+
+
+class _Restored(NamedTuple):
+    """A subscription of a resumed session. `topic` is held."""
+
+    topic: Topic
+    subscription: Subscription
+    # It goes on where the client had acked, with nothing lost between.
+    recovered: bool
+
+
+def _wants_place(command: Subscribe) -> bool:
+    return command.since is not None or command.last is not None
 
 
 class SocketHandler(BaseHandler, WebSocketHandler):
@@ -63,7 +81,9 @@ class SocketHandler(BaseHandler, WebSocketHandler):
     sink: Sink
     session: Session
     wire: Wire
-    closed: bool
+    closed = True
+    # `connect` has been answered: the connection is counted and registered.
+    _counted = False
     # See heartbeat.Peer.
     seen: float
     pinged: float
@@ -124,31 +144,68 @@ class SocketHandler(BaseHandler, WebSocketHandler):
 
     # The connection
 
-    def open(self, *args: str, **kwargs: str) -> None:
+    async def open(self, *args: str, **kwargs: str) -> None:
         assert isinstance(self.ws_connection, Wire)
         context = self.context
-        limits = context.config.limits
         stream = self.ws_connection.stream
         stream.set_nodelay(True)
         self.wire = self.ws_connection
         self.closed = False
-        self.session = Session()
-        self.sink = Sink(stream, self, limits.max_queue_bytes, direct=not isinstance(stream, SSLIOStream))
+        self.sink = Sink(
+            stream,
+            self,
+            context.config.limits.max_queue_bytes,
+            direct=not isinstance(stream, SSLIOStream),
+        )
         # Channels with a subscribe under way, and the commands on them that came since.
         self._waiting: dict[str, list[Subscribe | Unsubscribe]] = {}
-        context.board.own_sockets += 1
+        session_id = self._offered_session()
+        session = None
+        try:
+            if session_id is not None:
+                session = await context.keeper.resume(session_id, "")
+            restored, refused = await self._restore(session)
+        except Unavailable as error:
+            # Never `resumed: false` then: the session may well be there.
+            self.end_for_now(CloseCode.TRY_AGAIN_LATER, 2 * error.retry_after)
+            return
+        if self.closed:
+            for one in restored:
+                context.node.leave(one.topic)
+            return
+        self._begin(session, restored, refused)
+
+    def _offered_session(self) -> str | None:
+        """The secret id of the session to resume, by subprotocol or query."""
+        offered = self.request.headers.get("Sec-WebSocket-Protocol", "")
+        for name in offered.split(","):
+            if name.strip().startswith(_SESSION_PREFIX):
+                return name.strip().removeprefix(_SESSION_PREFIX)
+        return self.get_query_argument("session", None)
+
+    def _begin(
+        self,
+        session: Session | None,
+        restored: "list[_Restored]",
+        refused: list[Refusal],
+    ) -> None:
+        """Answer `connect`, then go on with what was restored: in one turn of the loop, so without a gap."""
+        context = self.context
+        limits = context.config.limits
+        self.session = session or Session()
         context.metrics.connections += 1
+        context.board.own_sockets += 1
+        self._counted = True
         context.connect(self)
-        context.hub.connect(self.sink)
         self._answer(
             encode_ack(
                 "connect",
                 now_ms(),
                 clientId=self.session.client_id,
                 session=self.session.id,
-                resumed=False,
+                resumed=session is not None,
                 heartbeat=round(context.config.heartbeat.interval * 1000),
-                subscriptions=[],
+                subscriptions=[self._restored_entry(one) for one in restored],
                 limits={
                     "rate": limits.rate,
                     "burst": limits.burst,
@@ -158,14 +215,90 @@ class SocketHandler(BaseHandler, WebSocketHandler):
                 },
             )
         )
+        for refusal in refused:
+            self._refuse(refusal)
+        for one in restored:
+            self.session.subscriptions[one.topic.channel] = one.subscription
+            one.subscription.held = self._attach(one.topic, one.subscription.delivery)
+        context.hub.connect(self.sink)
+        context.keeper.add(self.session, self.end)
+        if self.session.changed:
+            context.keeper.touch(self.session)
+
+    # Resuming
+
+    async def _restore(self, session: Session | None) -> "tuple[list[_Restored], list[Refusal]]":
+        """Hold the channels of a resumed session again. What the rules of now refuse is left out."""
+        restored: list[_Restored] = []
+        refused: list[Refusal] = []
+        if session is None:
+            return restored, refused
+        outcomes = await asyncio.gather(
+            *(self._restore_one(channel, value) for channel, value in session.restorable.items()),
+            return_exceptions=True,
+        )
+        session.restorable = {}
+        failure = None
+        for outcome in outcomes:
+            if isinstance(outcome, Refusal):
+                refused.append(outcome)
+                if outcome.channel is not None:
+                    session.changed.add(outcome.channel)
+            elif isinstance(outcome, BaseException):
+                failure = outcome
+            else:
+                restored.append(outcome)
+        if failure is not None:
+            for one in restored:
+                self.context.node.leave(one.topic)
+            raise failure
+        return restored, refused
+
+    async def _restore_one(self, channel: str, value: str) -> "_Restored":
+        node = self.context.node
+        topic = await node.join(channel, self.context.rules.check_subscribe(channel))
+        if not topic.rule.persistent:
+            return _Restored(topic, Subscription(topic.rule, None), False)
+        position = decode_subscription(value)
+        try:
+            start, recovered = await node.locate(topic, position, None)
+        except BaseException:
+            node.leave(topic)
+            raise
+        epoch = position.epoch if position is not None and recovered else topic.epoch
+        delivery = Delivery(topic.rule, epoch, start, acks=position is not None)
+        return _Restored(topic, Subscription(topic.rule, delivery), recovered and position is not None)
+
+    def _restored_entry(self, one: "_Restored") -> dict[str, object]:
+        """What `connect` tells of a restored subscription: after which position it goes on."""
+        entry: dict[str, object] = {"channel": one.topic.channel, "recovered": one.recovered}
+        delivery = one.subscription.delivery
+        if delivery is not None:
+            if not delivery.acks:
+                # Nobody knows what this client has seen: it goes on with what comes from now on.
+                delivery.restart(one.topic.epoch, one.topic.seq)
+            elif not one.recovered:
+                self.session.changed.add(one.topic.channel)
+            entry["epoch"], entry["seq"] = delivery.epoch, delivery.cursor
+        return entry
+
+    def _note_position(self, channel: str) -> None:
+        """An acked position has moved: it is saved within a few seconds."""
+        self.session.changed.add(channel)
+        self.context.keeper.touch(self.session)
 
     def on_close(self) -> None:
+        if self.closed:
+            return
         self.closed = True
+        if not self._counted:
+            return
         context = self.context
         context.hub.disconnect(self.sink)
         context.disconnect(self)
         for subscription in self.session.subscriptions.values():
             self._let_go(subscription)
+        context.keeper.remove(self.session)
         context.metrics.connections -= 1
         context.board.own_sockets -= 1
 
@@ -242,7 +375,8 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         self.seen = time.monotonic()
         self.wire.pong()
         for subscription in self.session.subscriptions.values():
-            self.context.node.advance(subscription.held)
+            if subscription.held is not None:
+                self.context.node.advance(subscription.held)
 
     def on_dropped(self, count: int, policy: SlowConsumer) -> None:
         self.context.metrics.drop(policy, count)
@@ -258,15 +392,14 @@ class SocketHandler(BaseHandler, WebSocketHandler):
                 waiting = self._waiting.get(command.channel)
                 if waiting is not None:
                     waiting.append(command)
-                elif isinstance(command, Unsubscribe):
-                    self._unsubscribe(command)
-                else:
+                elif not self.closed:
                     self._waiting[command.channel] = []
-                    self.context.spawn(self._subscribe_in_turn(command))
+                    self.context.spawn(self._act_in_turn(command))
             case Ack():
                 subscription = self.session.subscriptions.get(command.channel)
-                if subscription is not None:
-                    self.context.node.acknowledge(subscription.held, command.epoch, command.seq)
+                held = subscription.held if subscription is not None else None
+                if held is not None and self.context.node.acknowledge(held, command.epoch, command.seq):
+                    self._note_position(command.channel)
             case Pong() | Auth():
                 pass
 
@@ -306,81 +439,97 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         elif not self.closed:
             self._refuse(_refusal(error, message_id=message_id, channel=channel))
 
-    async def _subscribe_in_turn(self, command: Subscribe) -> None:
+    async def _act_in_turn(self, command: Subscribe | Unsubscribe) -> None:
+        """Do what has to wait for the broker; then what came for the same channel meanwhile."""
         channel = command.channel
         try:
-            await self._subscribe(command)
+            if isinstance(command, Subscribe):
+                await self._subscribe(command)
+            else:
+                await self._unsubscribe(command)
         except Exception as error:
-            self._refuse(_refusal(error, message_id=command.message_id, channel=channel))
+            if not self.closed:
+                self._refuse(_refusal(error, message_id=command.message_id, channel=channel))
         for waiting in self._waiting.pop(channel):
-            if self.closed:
-                break
-            try:
-                # The first subscribe among them makes the rest wait for it again.
-                self._act(waiting, None)
-            except Refusal as refusal:
-                self._refuse(refusal, waiting)
+            # The first of them makes the rest wait again.
+            self._act(waiting, None)
 
     async def _subscribe(self, command: Subscribe) -> None:
-        node = self.context.node
-        channel = command.channel
+        node, channel = self.context.node, command.channel
         old = self.session.subscriptions.get(channel)
-        if old is not None:
-            topic: Topic = old.held.topic
-        else:
-            topic = await node.join(channel, self.context.rules.check_subscribe(channel))
-            if self.closed:
-                node.leave(topic)
-                return
-        subscription = Subscription(topic.rule, command.ack and topic.rule.persistent)
+        if old is not None and not old.rule.persistent:
+            self._answer_subscribe(command, old.held.topic, None, False)
+            return
+        topic = (
+            old.held.topic if old else await node.join(channel, self.context.rules.check_subscribe(channel))
+        )
         try:
-            await self._start(command, topic, old, subscription)
+            start, recovered = await node.locate(topic, command.since, command.last)
+            subscription = self._place(command, topic, old, start, recovered)
+            self.session.subscriptions[channel] = subscription
+            await self._save(channel)
         except BaseException:
             if old is None:
+                self.session.subscriptions.pop(channel, None)
                 node.leave(topic)
+            else:
+                self.session.subscriptions[channel] = old
             raise
-
-    async def _start(
-        self, command: Subscribe, topic: Topic, old: Subscription | None, subscription: Subscription
-    ) -> None:
-        """Find the place to begin at; then answer and attach in one turn of the loop, without a gap."""
-        node = self.context.node
-        wants_place = command.since is not None or command.last is not None
-        if not topic.rule.persistent:
-            self._answer_subscribe(
-                command, persistent=False, **({"recovered": False, "replayed": 0} if wants_place else {})
-            )
-            if old is None:
-                subscription.held = self._attach(topic, None)
-                self.session.subscriptions[command.channel] = subscription
-            return
-        start, recovered = await node.locate(topic, command.since, command.last)
         if self.closed:
+            # `on_close` has given back what was attached, and this was not.
             if old is None:
                 node.leave(topic)
+            else:
+                self._let_go(old)
             return
-        epoch = command.since.epoch if command.since is not None and recovered else topic.epoch
-        stays = old is not None and not wants_place and not command.ack
-        if not wants_place:
-            epoch, start = topic.epoch, topic.seq
-            if old is not None and command.ack and old.acks:
-                epoch, start = old.held.delivery.position
-        self._answer_subscribe(
-            command,
-            persistent=True,
-            epoch=topic.epoch,
-            seq=topic.seq,
-            recovered=recovered,
-            replayed=0 if stays else max(0, topic.seq - start),
-        )
-        if stays:
-            return
+        # From here on in one turn of the loop, so without a gap or an overlap.
+        if not _wants_place(command):
+            subscription.delivery = self._place(command, topic, old, topic.seq, recovered).delivery
         if old is not None:
             node.detach(old.held)
-        subscription.held = self._attach(topic, Delivery(topic.rule, epoch, start, acks=subscription.acks))
-        self.session.subscriptions[command.channel] = subscription
+        self._answer_subscribe(command, topic, subscription.delivery, recovered)
+        subscription.held = self._attach(topic, subscription.delivery)
 
-    def _answer_subscribe(self, command: Subscribe, **fields: object) -> None:
+    def _place(
+        self, command: Subscribe, topic: Topic, old: Subscription | None, start: int, recovered: bool
+    ) -> Subscription:
+        """A subscription that begins after `start`, or goes on where the old one stands."""
+        if not topic.rule.persistent:
+            return Subscription(topic.rule, None)
+        epoch = topic.epoch
+        if _wants_place(command):
+            epoch = command.since.epoch if command.since is not None and recovered else topic.epoch
+        elif old is not None and old.delivery is not None:
+            if command.ack and old.acks:
+                epoch, start = old.delivery.position
+            elif old.delivery.behind:
+                epoch, start = old.delivery.epoch, old.delivery.cursor
+        return Subscription(topic.rule, Delivery(topic.rule, epoch, start, acks=command.ack))
+
+    async def _unsubscribe(self, command: Unsubscribe) -> None:
+        session, channel = self.session, command.channel
+        subscription = session.subscriptions.pop(channel, None)
+        if subscription is not None:
+            self._let_go(subscription)
+        elif channel not in session.changed:
+            raise Refusal("not_subscribed", "There is no subscription to this channel.", channel=channel)
+        await self._save(channel)
+        self._answer(encode_ack("unsubscribe", now_ms(), messageId=command.message_id, channel=channel))
+
+    async def _save(self, channel: str) -> None:
+        """Have a change of subscriptions stored; only then it is acked."""
+        self.session.changed.add(channel)
+        await self.context.keeper.save(self.session, self.end)
+
+    def _answer_subscribe(
+        self, command: Subscribe, topic: Topic, delivery: Delivery | None, recovered: bool
+    ) -> None:
+        fields: dict[str, object] = {"persistent": delivery is not None}
+        if delivery is not None:
+            replayed = max(0, topic.seq - delivery.cursor)
+            fields |= {"epoch": topic.epoch, "seq": topic.seq, "recovered": recovered, "replayed": replayed}
+        elif _wants_place(command):
+            fields |= {"recovered": False, "replayed": 0}
         self._answer(
             encode_ack("subscribe", now_ms(), messageId=command.message_id, channel=command.channel, **fields)
         )
@@ -391,20 +540,11 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         self.context.node.attach(subscriber)
         return subscriber
 
-    def _unsubscribe(self, command: Unsubscribe) -> None:
-        subscription = self.session.subscriptions.pop(command.channel, None)
-        if subscription is None:
-            raise Refusal(
-                "not_subscribed", "There is no subscription to this channel.", channel=command.channel
-            )
-        self._let_go(subscription)
-        self._answer(
-            encode_ack("unsubscribe", now_ms(), messageId=command.message_id, channel=command.channel)
-        )
-
     def _let_go(self, subscription: Subscription) -> None:
-        self.context.node.detach(subscription.held)
-        self.context.node.leave(subscription.held.topic)
+        """Give back what a subscription holds, if it has come to that."""
+        if subscription.held is not None:
+            self.context.node.detach(subscription.held)
+            self.context.node.leave(subscription.held.topic)
 
     def _on_lost(self, channel: str, epoch: str, seq: int) -> None:
         self._answer(
