@@ -10,7 +10,6 @@ import random
 import time
 from functools import partial
 from importlib.resources import files
-from typing import NamedTuple
 
 from tornado.iostream import SSLIOStream
 from tornado.web import HTTPError
@@ -18,7 +17,6 @@ from tornado.websocket import WebSocketHandler
 
 from ..brokers import Receipt
 from ..config import ChannelRule
-from ..delivery import Delivery
 from ..errors import CloseCode, Refusal, Unavailable
 from ..frames import PING, frame
 from ..protocol import (
@@ -37,10 +35,10 @@ from ..protocol import (
     encode_message,
     encode_ping,
 )
-from ..session import Session, Subscription, decode_subscription
+from ..session import Session
 from ..sink import Sink, SlowConsumer
-from ..topic import Subscriber, Topic
 from .base import BaseHandler, new_id, now_ms
+from .subscriptions import Restored, Subscriptions, make_refusal
 from .wire import Wire
 
 logger = logging.getLogger(__name__)
@@ -60,19 +58,6 @@ _SESSION_PREFIX = "session."
 def ping_frames() -> bytes:
     """A heartbeat: the JSON ping and a WebSocket PING frame, in one write."""
     return frame(encode_ping(now_ms())) + frame(b"", PING)
-
-
-class _Restored(NamedTuple):
-    """A subscription of a resumed session. `topic` is held."""
-
-    topic: Topic
-    subscription: Subscription
-    # It goes on where the client had acked, with nothing lost between.
-    recovered: bool
-
-
-def _wants_place(command: Subscribe) -> bool:
-    return command.since is not None or command.last is not None
 
 
 class SocketHandler(BaseHandler, WebSocketHandler):
@@ -157,21 +142,19 @@ class SocketHandler(BaseHandler, WebSocketHandler):
             context.config.limits.max_queue_bytes,
             direct=not isinstance(stream, SSLIOStream),
         )
-        # Channels with a subscribe under way, and the commands on them that came since.
-        self._waiting: dict[str, list[Subscribe | Unsubscribe]] = {}
+        self.subscriptions = Subscriptions(context, self)
         session_id = self._offered_session()
         session = None
         try:
             if session_id is not None:
                 session = await context.keeper.resume(session_id, "")
-            restored, refused = await self._restore(session)
+            restored, refused = await self.subscriptions.restore(session)
         except Unavailable as error:
             # Never `resumed: false` then: the session may well be there.
             self.end_for_now(CloseCode.TRY_AGAIN_LATER, 2 * error.retry_after)
             return
         if self.closed:
-            for one in restored:
-                context.node.leave(one.topic)
+            self.subscriptions.give_back(restored)
             return
         self._begin(session, restored, refused)
 
@@ -186,7 +169,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
     def _begin(
         self,
         session: Session | None,
-        restored: "list[_Restored]",
+        restored: list[Restored],
         refused: list[Refusal],
     ) -> None:
         """Answer `connect`, then go on with what was restored: in one turn of the loop, so without a gap."""
@@ -197,7 +180,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         context.board.own_sockets += 1
         self._counted = True
         context.connect(self)
-        self._answer(
+        self.answer(
             encode_ack(
                 "connect",
                 now_ms(),
@@ -205,7 +188,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
                 session=self.session.id,
                 resumed=session is not None,
                 heartbeat=round(context.config.heartbeat.interval * 1000),
-                subscriptions=[self._restored_entry(one) for one in restored],
+                subscriptions=[self.subscriptions.entry(one) for one in restored],
                 limits={
                     "rate": limits.rate,
                     "burst": limits.burst,
@@ -216,76 +199,12 @@ class SocketHandler(BaseHandler, WebSocketHandler):
             )
         )
         for refusal in refused:
-            self._refuse(refusal)
-        for one in restored:
-            self.session.subscriptions[one.topic.channel] = one.subscription
-            one.subscription.held = self._attach(one.topic, one.subscription.delivery)
+            self.refuse_command(refusal)
+        self.subscriptions.begin(restored)
         context.hub.connect(self.sink)
         context.keeper.add(self.session, self.end)
         if self.session.changed:
             context.keeper.touch(self.session)
-
-    # Resuming
-
-    async def _restore(self, session: Session | None) -> "tuple[list[_Restored], list[Refusal]]":
-        """Hold the channels of a resumed session again. What the rules of now refuse is left out."""
-        restored: list[_Restored] = []
-        refused: list[Refusal] = []
-        if session is None:
-            return restored, refused
-        outcomes = await asyncio.gather(
-            *(self._restore_one(channel, value) for channel, value in session.restorable.items()),
-            return_exceptions=True,
-        )
-        session.restorable = {}
-        failure = None
-        for outcome in outcomes:
-            if isinstance(outcome, Refusal):
-                refused.append(outcome)
-                if outcome.channel is not None:
-                    session.changed.add(outcome.channel)
-            elif isinstance(outcome, BaseException):
-                failure = outcome
-            else:
-                restored.append(outcome)
-        if failure is not None:
-            for one in restored:
-                self.context.node.leave(one.topic)
-            raise failure
-        return restored, refused
-
-    async def _restore_one(self, channel: str, value: str) -> "_Restored":
-        node = self.context.node
-        topic = await node.join(channel, self.context.rules.check_subscribe(channel))
-        if not topic.rule.persistent:
-            return _Restored(topic, Subscription(topic.rule, None), False)
-        position = decode_subscription(value)
-        try:
-            start, recovered = await node.locate(topic, position, None)
-        except BaseException:
-            node.leave(topic)
-            raise
-        epoch = position.epoch if position is not None and recovered else topic.epoch
-        delivery = Delivery(topic.rule, epoch, start, acks=position is not None)
-        return _Restored(topic, Subscription(topic.rule, delivery), recovered and position is not None)
-
-    def _restored_entry(self, one: "_Restored") -> dict[str, object]:
-        """What `connect` tells of a restored subscription: after which position it goes on."""
-        entry: dict[str, object] = {"channel": one.topic.channel, "recovered": one.recovered}
-        delivery = one.subscription.delivery
-        if delivery is not None:
-            if not delivery.acks:
-                # Nobody knows what this client has seen: it goes on with what comes from now on.
-                delivery.restart(one.topic.epoch, one.topic.seq)
-            elif not one.recovered:
-                self.session.changed.add(one.topic.channel)
-            entry["epoch"], entry["seq"] = delivery.epoch, delivery.cursor
-        return entry
-
-    def _note_position(self, channel: str) -> None:
-        """An acked position has moved: it is saved within a few seconds."""
-        self.session.changed.add(channel)
-        self.context.keeper.touch(self.session)
 
     def on_close(self) -> None:
         if self.closed:
@@ -296,8 +215,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         context = self.context
         context.hub.disconnect(self.sink)
         context.disconnect(self)
-        for subscription in self.session.subscriptions.values():
-            self._let_go(subscription)
+        self.subscriptions.close()
         context.keeper.remove(self.session)
         context.metrics.connections -= 1
         context.board.own_sockets -= 1
@@ -332,10 +250,10 @@ class SocketHandler(BaseHandler, WebSocketHandler):
             rule = self.session.receive(command, context.rules, context.config.limits, self.seen)
             self._act(command, rule)
         except Refusal as refusal:
-            self._refuse(refusal, command)
+            self.refuse_command(refusal, command)
         except Exception:
             logger.exception("unexpected error in a command", extra=self._extra("internal_error"))
-            self._refuse(
+            self.refuse_command(
                 Refusal("internal", "Something went wrong on the server; its log says what."), command
             )
 
@@ -346,7 +264,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
 
     def on_too_big(self) -> None:
         size = self.context.config.limits.max_message_bytes
-        self._refuse(
+        self.refuse_command(
             Refusal(
                 "too_large",
                 f"A frame may have {size} bytes; send less.",
@@ -361,7 +279,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         except Refusal as limit:
             limit.message_id = refusal.message_id
             refusal = limit
-        self._refuse(refusal)
+        self.refuse_command(refusal)
 
     # What the sink tells
 
@@ -374,9 +292,8 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         # What waited has been taken by the peer's kernel: it is alive, though it may say nothing.
         self.seen = time.monotonic()
         self.wire.pong()
-        for subscription in self.session.subscriptions.values():
-            if subscription.held is not None:
-                self.context.node.advance(subscription.held)
+        if self._counted:
+            self.subscriptions.advance()
 
     def on_dropped(self, count: int, policy: SlowConsumer) -> None:
         self.context.metrics.drop(policy, count)
@@ -389,17 +306,9 @@ class SocketHandler(BaseHandler, WebSocketHandler):
                 assert rule is not None
                 self._broadcast(command, rule)
             case Subscribe() | Unsubscribe():
-                waiting = self._waiting.get(command.channel)
-                if waiting is not None:
-                    waiting.append(command)
-                elif not self.closed:
-                    self._waiting[command.channel] = []
-                    self.context.spawn(self._act_in_turn(command))
+                self.subscriptions.receive(command)
             case Ack():
-                subscription = self.session.subscriptions.get(command.channel)
-                held = subscription.held if subscription is not None else None
-                if held is not None and self.context.node.acknowledge(held, command.epoch, command.seq):
-                    self._note_position(command.channel)
+                self.subscriptions.acknowledge(command)
             case Pong() | Auth():
                 pass
 
@@ -425,7 +334,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
             if not receipt.duplicate:
                 self.context.metrics.published["ws"] += 1
             if not self.closed:
-                self._answer(
+                self.answer(
                     encode_ack(
                         "broadcast",
                         now_ms(),
@@ -437,140 +346,15 @@ class SocketHandler(BaseHandler, WebSocketHandler):
                     )
                 )
         elif not self.closed:
-            self._refuse(_refusal(error, message_id=message_id, channel=channel))
-
-    async def _act_in_turn(self, command: Subscribe | Unsubscribe) -> None:
-        """Do what has to wait for the broker; then what came for the same channel meanwhile."""
-        channel = command.channel
-        try:
-            if isinstance(command, Subscribe):
-                await self._subscribe(command)
-            else:
-                await self._unsubscribe(command)
-        except Exception as error:
-            if not self.closed:
-                self._refuse(_refusal(error, message_id=command.message_id, channel=channel))
-        for waiting in self._waiting.pop(channel):
-            # The first of them makes the rest wait again.
-            self._act(waiting, None)
-
-    async def _subscribe(self, command: Subscribe) -> None:
-        node, channel = self.context.node, command.channel
-        old = self.session.subscriptions.get(channel)
-        if old is not None and not old.rule.persistent:
-            self._answer_subscribe(command, old.held.topic, None, False)
-            return
-        topic = (
-            old.held.topic if old else await node.join(channel, self.context.rules.check_subscribe(channel))
-        )
-        try:
-            start, recovered = await node.locate(topic, command.since, command.last)
-            subscription = self._place(command, topic, old, start, recovered)
-            self.session.subscriptions[channel] = subscription
-            await self._save(channel)
-        except BaseException:
-            if old is None:
-                self.session.subscriptions.pop(channel, None)
-                node.leave(topic)
-            else:
-                self.session.subscriptions[channel] = old
-            raise
-        if self.closed:
-            # `on_close` has given back what was attached, and this was not.
-            if old is None:
-                node.leave(topic)
-            else:
-                self._let_go(old)
-            return
-        # From here on in one turn of the loop, so without a gap or an overlap.
-        if not _wants_place(command):
-            subscription.delivery = self._place(command, topic, old, topic.seq, recovered).delivery
-        if old is not None:
-            node.detach(old.held)
-        self._answer_subscribe(command, topic, subscription.delivery, recovered)
-        subscription.held = self._attach(topic, subscription.delivery)
-
-    def _place(
-        self, command: Subscribe, topic: Topic, old: Subscription | None, start: int, recovered: bool
-    ) -> Subscription:
-        """A subscription that begins after `start`, or goes on where the old one stands."""
-        if not topic.rule.persistent:
-            return Subscription(topic.rule, None)
-        epoch = topic.epoch
-        if _wants_place(command):
-            epoch = command.since.epoch if command.since is not None and recovered else topic.epoch
-        elif old is not None and old.delivery is not None:
-            if command.ack and old.acks:
-                epoch, start = old.delivery.position
-            elif old.delivery.behind:
-                epoch, start = old.delivery.epoch, old.delivery.cursor
-        return Subscription(topic.rule, Delivery(topic.rule, epoch, start, acks=command.ack))
-
-    async def _unsubscribe(self, command: Unsubscribe) -> None:
-        session, channel = self.session, command.channel
-        subscription = session.subscriptions.pop(channel, None)
-        if subscription is not None:
-            self._let_go(subscription)
-        elif channel not in session.changed:
-            raise Refusal("not_subscribed", "There is no subscription to this channel.", channel=channel)
-        await self._save(channel)
-        self._answer(encode_ack("unsubscribe", now_ms(), messageId=command.message_id, channel=channel))
-
-    async def _save(self, channel: str) -> None:
-        """Have a change of subscriptions stored; only then it is acked."""
-        self.session.changed.add(channel)
-        await self.context.keeper.save(self.session, self.end)
-
-    def _answer_subscribe(
-        self, command: Subscribe, topic: Topic, delivery: Delivery | None, recovered: bool
-    ) -> None:
-        fields: dict[str, object] = {"persistent": delivery is not None}
-        if delivery is not None:
-            replayed = max(0, topic.seq - delivery.cursor)
-            fields |= {"epoch": topic.epoch, "seq": topic.seq, "recovered": recovered, "replayed": replayed}
-        elif _wants_place(command):
-            fields |= {"recovered": False, "replayed": 0}
-        self._answer(
-            encode_ack("subscribe", now_ms(), messageId=command.message_id, channel=command.channel, **fields)
-        )
-
-    def _attach(self, topic: Topic, delivery: Delivery | None) -> Subscriber:
-        subscriber = Subscriber(topic, self.sink, delivery, self._on_lost, self._on_overdue)
-        # The answer that was just given comes first.
-        self.context.node.attach(subscriber)
-        return subscriber
-
-    def _let_go(self, subscription: Subscription) -> None:
-        """Give back what a subscription holds, if it has come to that."""
-        if subscription.held is not None:
-            self.context.node.detach(subscription.held)
-            self.context.node.leave(subscription.held.topic)
-
-    def _on_lost(self, channel: str, epoch: str, seq: int) -> None:
-        self._answer(
-            encode_error(
-                "history_lost",
-                "Messages of this channel are lost: reload your state. It goes on after `epoch`, `seq`.",
-                now_ms(),
-                channel=channel,
-                epoch=epoch,
-                seq=seq,
-            )
-        )
-
-    def _on_overdue(self, channel: str) -> None:
-        logger.info(
-            "no acks: a connection is closed", extra={**self._extra("acks_overdue"), "channel": channel}
-        )
-        self.end(CloseCode.ACKS_OVERDUE, "acks overdue")
+            self.refuse_command(make_refusal(error, message_id=message_id, channel=channel))
 
     # Answers
 
-    def _answer(self, payload: bytes) -> None:
+    def answer(self, payload: bytes) -> None:
         if not self.wire.is_closing():
             self.sink.answer(frame(payload))
 
-    def _refuse(self, refusal: Refusal, command: Command | None = None) -> None:
+    def refuse_command(self, refusal: Refusal, command: Command | None = None) -> None:
         context = self.context
         if refusal.message_id is None and command is not None:
             refusal.message_id = getattr(command, "message_id", None)
@@ -585,7 +369,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
                 setting=refusal.setting,
                 channel=refusal.channel,
             )
-        self._answer(
+        self.answer(
             encode_error(
                 refusal.code,
                 refusal.message,
@@ -608,16 +392,3 @@ class SocketHandler(BaseHandler, WebSocketHandler):
 
     def head(self, *args: str) -> None:
         raise HTTPError(405)
-
-
-def _refusal(error: BaseException, *, message_id: str | None, channel: str | None) -> Refusal:
-    """What a client is told of an error on the way to the broker."""
-    if isinstance(error, Refusal):
-        refusal = error
-    elif isinstance(error, Unavailable):
-        refusal = Refusal("unavailable", str(error), retry_after=error.retry_after)
-    else:
-        logger.error("unexpected error in a command", exc_info=error, extra={"event": "internal_error"})
-        refusal = Refusal("internal", "Something went wrong on the server; its log says what.")
-    refusal.message_id, refusal.channel = message_id, channel
-    return refusal
