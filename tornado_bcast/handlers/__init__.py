@@ -6,7 +6,7 @@ from tornado.web import Application
 
 from .base import BaseHandler, Context, NotFoundHandler
 from .broadcast import BroadcastHandler
-from .status import HealthHandler, MetricsHandler, StatsHandler
+from .status import ChannelsHandler, HealthHandler, HistoryHandler, MetricsHandler, StatsHandler
 from .websocket import SocketHandler
 
 __all__ = ["make_routes"]
@@ -21,6 +21,8 @@ def make_routes(context: Context) -> Application:
         (r"/health(?:/(live|ready))?", HealthHandler, own),
         (r"/stats", StatsHandler, own),
         (r"/metrics", MetricsHandler, own),
+        (r"/channels", ChannelsHandler, own),
+        (r"/channels/(.+)/history", HistoryHandler, own),
     ]
     return Application(
         routes,

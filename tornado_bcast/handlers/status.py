@@ -1,4 +1,4 @@
-"""What operators and monitors ask for: health, statistics, metrics."""
+"""What operators and monitors ask for: health, statistics, metrics, channels and their history."""
 
 import time
 from typing import Any
@@ -6,7 +6,13 @@ from typing import Any
 from .. import __version__
 from ..errors import Refusal, Unavailable
 from ..metrics import exposition, summary
+from ..protocol import MAX_SEQ, dump
+from ..rules import check_channel
 from .base import BaseHandler
+
+# Messages of a history in one answer: unless asked otherwise, and at most.
+_MESSAGES = 100
+_MAX_MESSAGES = 1000
 
 
 class HealthHandler(BaseHandler):
@@ -82,3 +88,58 @@ class MetricsHandler(OperatorHandler):
     def get(self) -> None:
         self.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
         self.finish(exposition(self.context.local_rows(), self.context.board.restarts()))
+
+
+class ChannelsHandler(OperatorHandler):
+    """`/channels`: those with subscribers, over all nodes."""
+
+    async def get(self) -> None:
+        try:
+            names = await self.context.node.channels()
+        except Unavailable as error:
+            self.finish_error(503, "unavailable", str(error), error.retry_after)
+            return
+        rules = self.context.rules
+        self.finish_json(
+            {"channels": [{"channel": name, "persistent": rules.find(name).persistent} for name in names]}
+        )
+
+
+class HistoryHandler(OperatorHandler):
+    """`/channels/NAME/history`: a piece of a persistent channel's stream, after `since` of `epoch`."""
+
+    async def get(self, channel: str) -> None:
+        try:
+            check_channel(channel)
+            if not self.context.rules.find(channel).persistent:
+                raise Refusal("bad_channel", "This channel is not persistent, so it has no history.")
+            since = self._number("since", 0, MAX_SEQ, 0)
+            limit = self._number("limit", 1, _MAX_MESSAGES, _MESSAGES)
+            history = await self.context.node.broker.read(channel, since, limit)
+        except Refusal as refusal:
+            self.refuse(refusal)
+            return
+        except Unavailable as error:
+            self.finish_error(503, "unavailable", str(error), error.retry_after)
+            return
+        epoch = self.get_query_argument("epoch", history.epoch)
+        head = {
+            "channel": channel,
+            "epoch": history.epoch,
+            "seq": history.seq,
+            "first": history.first,
+            # Whether nothing between `since` and the first message below is missing.
+            "recovered": history.continues(epoch, since),
+        }
+        self.set_header("Content-Type", "application/json; charset=UTF-8")
+        # The messages are JSON already.
+        messages = b",".join(message.payload for message in history.messages)
+        self.finish(b'%s,"messages":[%s]}' % (dump(head)[:-1], messages))
+
+    def _number(self, name: str, low: int, high: int, default: int) -> int:
+        text = self.get_query_argument(name, "")
+        if not text:
+            return default
+        if text.isascii() and text.isdecimal() and low <= int(text) <= high:
+            return int(text)
+        raise Refusal("bad_message", f"`{name}` must be a whole number from {low} to {high}.")
