@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from real_daemon import COMMAND, ROOT, RealDaemon, real_daemon
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
@@ -24,8 +25,6 @@ from tornado_bcast import client
 from tornado_bcast.errors import Unavailable
 from tornado_bcast.tail import Print, Say, Send, Stop, Tail
 
-ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-W", "error", "-m", "tornado_bcast.cli"]
 # What cron gives to a job: no HOME, no terminal.
 CRON = {"PATH": "/usr/bin:/bin"}
 
@@ -776,3 +775,87 @@ def test_a_closed_output_is_no_accident() -> None:
         ["bash", "-c", command], capture_output=True, text=True, env=os.environ, cwd=ROOT, check=False
     )
     assert done.stderr == ""
+
+
+# --- With the real daemon -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealDaemon]:
+    with real_daemon(tmp_path_factory.mktemp("daemon")) as daemon:
+        yield daemon
+
+
+def test_what_publish_sends_tail_prints(daemon: RealDaemon) -> None:
+    with tail("cli.a", "cli.b", "--url", daemon.url) as process:
+        assert process.stdout and process.stderr
+        assert {process.stderr.readline().split()[-1] for _ in range(2)} == {"cli.a", "cli.b"}
+        first = run("publish", "cli.a", '{"n": 1}', "--id", "id-1", "--url", daemon.url)
+        again = run("publish", "cli.a", '{"n": 1}', "--id", "id-1", "--url", daemon.url)
+        other = run("publish", "cli.b", "--text", "-", "--url", daemon.url, stdin=b"from a pipe\n")
+        lines = [json.loads(process.stdout.readline()) for _ in range(2)]
+        assert stop(process)[:2] == (130, "")
+    assert json.loads(first.stdout) == {"channel": "cli.a", "messageId": "id-1"}
+    assert json.loads(again.stdout) == {"channel": "cli.a", "messageId": "id-1", "duplicate": True}
+    assert other.returncode == 0
+    assert [(line["channel"], line["data"]) for line in lines] == [
+        ("cli.a", {"n": 1}),
+        ("cli.b", "from a pipe"),
+    ]
+    assert lines[0]["messageId"] == "id-1"
+
+
+def test_refusals_of_the_real_daemon(daemon: RealDaemon) -> None:
+    done = run("publish", "$system", "1", "--url", daemon.url)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "$" in done.stderr
+    done = run("publish", "news", json.dumps("x" * 70_000), "--url", daemon.url)
+    assert done.returncode == 1
+    assert "65536" in done.stderr
+    done = run("tail", "not a channel", "--url", daemon.url)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("tornado-bcast tail: not a channel: ")
+
+
+def test_tail_outlives_a_rolling_replacement(daemon: RealDaemon) -> None:
+    replaced = sum(line["event"] == "replaced" for line in daemon.log)
+    with tail("cli.roll", "--url", daemon.url) as process:
+        assert process.stdout and process.stderr
+        process.stderr.readline()
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_for("replaced", replaced + 1, 60)
+        assert "(1012, restart)" in process.stderr.readline()
+        assert "subscribed to cli.roll again" in process.stderr.readline()
+        daemon.post({"channel": "cli.roll", "data": 1})
+        assert json.loads(process.stdout.readline())["data"] == 1
+        assert stop(process)[0] == 130
+
+
+def test_serve_logs_json_and_nothing_of_what_is_sent(tmp_path: Path) -> None:
+    with real_daemon(tmp_path, BCAST_LOG_LEVEL="debug", WORKERS="1") as daemon:
+        secret = "s3cr3t-payload"
+        daemon.post({"channel": "news", "data": secret})
+        run("publish", "$no", json.dumps(secret), "--url", f"{daemon.url}")
+        with tail("news", "--url", daemon.url) as process:
+            assert process.stdout and process.stderr
+            process.stderr.readline()
+            daemon.post({"channel": "news", "data": secret})
+            assert secret in process.stdout.readline()
+            stop(process)
+        for path in ("/ws", "/", "/broadcast", "/health", "/nowhere"):
+            with socket.create_connection(tuple(daemon.url.split("//")[1].split(":"))) as peer:
+                peer.sendall(f"GET {path}?token={secret} HTTP/1.0\r\nHost: x\r\n\r\n".encode())
+                peer.settimeout(5)
+                while peer.recv(65536):
+                    pass
+    assert secret not in json.dumps(daemon.log)
+    lines = [line for line in daemon.log if line["event"] != "eof"]
+    assert all({"time", "level", "event", "message", "worker"} <= line.keys() for line in lines)
+    assert {line["worker"] for line in lines} == {None, 0}
+
+
+def test_options_of_serve_stand_above_the_environment() -> None:
+    done = run("serve", "--workers", "none", env={"WORKERS": "2"})
+    assert (done.returncode, "command line" in done.stderr) == (2, True)
+    done = run("--redis-url", "gopher://x")
+    assert (done.returncode, "[redis] url" in done.stderr) == (2, True)

@@ -126,6 +126,8 @@ class Tail:
         if frame.get("persistent") is not True:
             self._positions.pop(channel, None)
             yield Say(f"subscribed to {channel}{' again; what was sent meanwhile is lost' if again else ''}")
+            if self._last is not None and not again:
+                yield Say(f"{channel}: it keeps no history, so --last has no effect")
             return
         gap = again and channel in self._positions and frame.get("recovered") is False
         if isinstance(epoch, str) and isinstance(seq, int) and (gap or channel not in self._positions):
