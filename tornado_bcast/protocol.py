@@ -22,7 +22,7 @@ SUBPROTOCOL: Final = "bcast.v1"
 MAX_SEQ: Final = 2**53 - 1
 MAX_EPOCH_LENGTH: Final = 32
 
-_MESSAGE_ID = re.compile(r"[\x21-\x7e]([\x20-\x7e]{0,126}[\x21-\x7e])?")
+_MESSAGE_ID = re.compile(r"[\x20-\x7e]{1,128}")
 
 
 @dataclass(slots=True, frozen=True)
