@@ -6,14 +6,13 @@
 import asyncio
 import json
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from tornado.web import Application
 
-from .board import Board
+from .board import Board, State
 from .brokers import Broker
 from .brokers.memory import MemoryBroker
 from .brokers.redis import RedisBroker
@@ -35,8 +34,8 @@ logger = logging.getLogger(__name__)
 # Seconds between two rows of statistics, and after which a row of another node is too old to be shown.
 ROW_SECONDS = 1.0
 _STALE_SECONDS = 2.5
-# When everything stops, clients that come back at once find nobody: they are told to take their time.
-_RETURN_SECONDS = 5.0
+# So many clients are told to come back each second after a stop, as far as `drain_seconds` allow.
+_RETURNS_PER_SECOND = 100
 
 Close = Callable[[float], Awaitable[None]]
 
@@ -70,7 +69,7 @@ class Inside:
         self.heartbeat: Heartbeat[Connection] = Heartbeat(config.heartbeat.interval, config.heartbeat.timeout)
         self.refusals = RefusalLog(logging.getLogger("tornado_bcast.refusals"))
         self.capacity = config.server.max_connections
-        self.draining = False
+        self.closing = False
         self.started = time.monotonic()
         self.configure(config)
         self.node = Node(
@@ -96,6 +95,10 @@ class Inside:
         self.rules = ChannelRules(config.channels)
         self.origins = Origins(config.cors.origins)
 
+    @property
+    def draining(self) -> bool:
+        return self.board.state is State.DRAINING
+
     async def start(self) -> None:
         await self.node.start(self._row)
         self.spawn(self._turn_heartbeat())
@@ -104,12 +107,12 @@ class Inside:
         self.spawn(self.node.listen(self.keeper.channel, self.keeper.on_notice))
 
     async def close(self, seconds: float) -> None:
-        """Say goodbye to all clients, spread over what of `seconds` is left for it, and end everything."""
-        self.draining = True
-        connections = list(self._connections)
-        random.shuffle(connections)
-        for connection in connections:
-            connection.end_for_now(CloseCode.RESTART, round(1000 * max(seconds, _RETURN_SECONDS)))
+        """Say goodbye to all clients and end everything, within `seconds`."""
+        self.closing = True
+        # A small site is back at once; a large one spreads its return, or it would come back all together.
+        spread = min(self.config.server.drain_seconds, 0.5 + self.board.sockets() / _RETURNS_PER_SECOND)
+        for connection in list(self._connections):
+            connection.end_for_now(CloseCode.RESTART, round(1000 * spread))
         self._emptied.clear()
         if self._connections:
             try:

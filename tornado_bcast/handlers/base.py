@@ -47,8 +47,13 @@ class Context(Protocol):
     keeper: Keeper
     # WebSocket connections that may be open at once over all workers; 0: no limit.
     capacity: int
-    draining: bool
+    # The clients are being told to leave: no new ones.
+    closing: bool
     started: float
+
+    @property
+    def draining(self) -> bool:
+        """The worker is about to leave; for a while it still takes connections."""
 
     def connect(self, peer: "Connection") -> None:
         """A connection has been opened: it is pinged from now on, and closed when the worker stops."""

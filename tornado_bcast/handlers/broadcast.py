@@ -127,6 +127,8 @@ class BroadcastHandler(BaseHandler):
                     item = replace(item, message_id=numbered)
                 items.append(item)
             except Refusal as refusal:
+                channel = message.get("channel") if isinstance(message, dict) else None
+                refusal.channel = channel if isinstance(channel, str) else None
                 items.append(refusal)
         return items
 

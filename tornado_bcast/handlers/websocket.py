@@ -95,7 +95,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         """Refuse the upgrade where there is no room, before it costs anything."""
         server = self.context.config.server
         board = self.context.board
-        if self.context.draining:
+        if self.context.closing:
             self.finish_error(503, "unavailable", "This server is stopping; connect again.")
         elif 0 < self.context.capacity <= board.sockets():
             setting = "[server] max_connections"
@@ -229,9 +229,9 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         self.wire.close(int(code), reason)
 
     def end_for_now(self, code: CloseCode, retry_after: int, *, flush: bool = True) -> None:
-        """The same with a reason that says when to come back: another time for each client."""
+        """The same with a reason that says when to come back, within so many ms: another time for each."""
         self.end(
-            code, dump({"retryAfter": round(retry_after * random.uniform(0.5, 1.0))}).decode(), flush=flush
+            code, dump({"retryAfter": round(retry_after * random.uniform(0.1, 1.0))}).decode(), flush=flush
         )
 
     # What the wire tells
