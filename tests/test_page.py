@@ -155,6 +155,10 @@ def test_the_log_is_bounded_and_can_be_filtered_and_cleared(page: Page, daemon: 
     assert 490 <= count <= 500
     end = "document.querySelector('#rows').scrollTop + document.querySelector('#rows').clientHeight"
     page.wait_for(f"{end} > document.querySelector('#rows').scrollHeight - 5")  # it follows
+    page.resize(390, 844)
+    page.wait_for(f"{end} > document.querySelector('#rows').scrollHeight - 5")
+    page.resize(1280, 800)
+    page.wait_for(f"{end} > document.querySelector('#rows').scrollHeight - 5")
     page.evaluate("document.querySelector('#rows').scrollTop = 0")
     page.wait_for("document.querySelector('#newer').hidden")
     daemon.post({"channel": "flood", "data": "behind"})
