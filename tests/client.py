@@ -1,0 +1,204 @@
+"""Clients for tests that know nothing of the package: WebSocket on `websockets`, HTTP on bare sockets."""
+
+import asyncio
+import json
+import ssl
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Any, NamedTuple, Self
+from urllib.parse import urlsplit
+
+import websockets
+from websockets.asyncio.client import ClientConnection, connect
+
+Event = dict[str, Any]
+
+# Seconds that a test waits for something that must come.
+PATIENCE = 10.0
+
+
+class Client:
+    """A connection of `bcast.v1`. It reads all the time; answers are found by their `messageId`.
+
+        async with Client(daemon.ws_url) as client:
+            await client.ask("subscribe", channel="news")
+            event = await client.message()
+
+    `frames` has everything that came, in order.
+    """
+
+    _ids = count()
+
+    def __init__(
+        self,
+        url: str,
+        path: str = "/ws",
+        *,
+        protocols: list[str] | None = None,
+        origin: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._connecting = connect(
+            url + path,
+            subprotocols=protocols,  # type: ignore[arg-type]
+            origin=origin,  # type: ignore[arg-type]
+            additional_headers=headers,
+            compression=None,
+            ping_interval=None,
+            max_size=None,
+            max_queue=None,
+            open_timeout=PATIENCE,
+            close_timeout=PATIENCE,
+            proxy=None,
+            ssl=tls,
+        )
+        self.socket: ClientConnection
+        self.frames: list[Event] = []
+        self._read = 0
+        self._came = asyncio.Event()
+        self._reader: asyncio.Task[None] | None = None
+        # The first frame.
+        self.hello: Event = {}
+
+    async def __aenter__(self) -> Self:
+        self.socket = await self._connecting
+        self._reader = asyncio.create_task(self._receive())
+        self.hello = await self.next()
+        assert (self.hello["type"], self.hello["op"]) == ("ack", "connect"), self.hello
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.socket.close()
+        if self._reader is not None:
+            await self._reader
+
+    async def _receive(self) -> None:
+        try:
+            async for text in self.socket:
+                assert isinstance(text, str)
+                self.frames.append(json.loads(text))
+                self._came.set()
+        except websockets.ConnectionClosed:
+            pass
+        finally:
+            self._came.set()
+
+    async def send(self, **frame: Any) -> None:
+        await self.socket.send(json.dumps(frame))
+
+    async def send_text(self, text: str | bytes) -> None:
+        await self.socket.send(text)
+
+    async def next(self, wanted: Callable[[Event], bool] = lambda event: True) -> Event:
+        """The next frame that is wanted, after the last one that was returned; heartbeats are passed over."""
+        index = await self._find(self._read, lambda event: event["type"] != "ping" and wanted(event))
+        self._read = index + 1
+        return self.frames[index]
+
+    async def ask(self, type: str, **fields: Any) -> Event:
+        """Send a request and return its ack or error. What comes before it stays to be read."""
+        message_id = fields.setdefault("messageId", f"ask{next(self._ids)}")
+        seen = len(self.frames)
+        await self.send(type=type, **fields)
+        index = await self._find(
+            seen, lambda event: event["type"] in ("ack", "error") and event.get("messageId") == message_id
+        )
+        return self.frames[index]
+
+    async def error(self, text: str | bytes) -> Event:
+        """Send a frame as it is, and return the error that comes next."""
+        seen = len(self.frames)
+        await self.send_text(text)
+        return self.frames[await self._find(seen, lambda event: event["type"] == "error")]
+
+    async def _find(self, position: int, wanted: Callable[[Event], bool]) -> int:
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                while position < len(self.frames):
+                    if wanted(self.frames[position]):
+                        return position
+                    position += 1
+                assert self._reader is not None
+                if self._reader.done():
+                    raise ConnectionError(f"closed with {self.socket.close_code}: {self.frames[-5:]}")
+                self._came.clear()
+                await self._came.wait()
+
+    async def message(self) -> Event:
+        """The next `message`."""
+        return await self.next(lambda event: event["type"] == "message")
+
+    async def messages(self, number: int) -> list[Any]:
+        """The `data` of so many next messages."""
+        return [(await self.message())["data"] for _ in range(number)]
+
+    async def is_alive(self) -> bool:
+        """Whether the server still answers here; everything sent to this connection before has come then."""
+        answer = await self.ask("unsubscribe", channel="nobody-subscribes-to-this")
+        return bool(answer["code"] == "not_subscribed")
+
+    async def closed(self, seconds: float = PATIENCE) -> tuple[int | None, str]:
+        """Wait for the server to close; its code and reason."""
+        async with asyncio.timeout(seconds):
+            await self.socket.wait_closed()
+        return self.socket.close_code, self.socket.close_reason or ""
+
+
+class Answer(NamedTuple):
+    status: int
+    # Names in lower case.
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+async def http(
+    url: str,
+    method: str,
+    path: str,
+    body: bytes | str | list[Any] | dict[str, Any] | None = None,
+    headers: Mapping[str, str | None] | None = None,
+    *,
+    tls: ssl.SSLContext | None = None,
+) -> Answer:
+    """One request on a connection of its own. `headers` replace what would be sent, None leaves one out."""
+    parts = urlsplit(url)
+    if isinstance(body, (dict, list)):
+        body = json.dumps(body)
+    data = body.encode() if isinstance(body, str) else body
+    fields: dict[str, str | None] = {"Host": parts.netloc, "Connection": "close"}
+    if data is not None:
+        fields |= {"Content-Type": "application/json", "Content-Length": str(len(data))}
+    fields |= headers or {}
+    head = f"{method} {path} HTTP/1.1\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in fields.items() if value is not None)
+    return await raw_http(url, head.encode() + b"\r\n" + (data or b""), tls=tls)
+
+
+async def raw_http(url: str, request: bytes, *, tls: ssl.SSLContext | None = None) -> Answer:
+    """Send bytes and read one answer, until the server closes or its Content-Length is there."""
+    parts = urlsplit(url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, ssl=tls)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            writer.write(request)
+            status_line = await reader.readline()
+            assert status_line, "closed without an answer"
+            headers: dict[str, str] = {}
+            while (line := await reader.readline()) not in (b"\r\n", b""):
+                name, _, value = line.decode().partition(":")
+                headers[name.strip().lower()] = value.strip()
+            bare = request.startswith(b"HEAD ") or status_line.split()[1] in (b"101", b"204")
+            length = 0 if bare else int(headers.get("content-length", "-1"))
+            body = await (reader.read() if length < 0 else reader.readexactly(length))
+    finally:
+        writer.close()
+        try:
+            await writer.wait_closed()
+        except OSError:
+            pass
+    return Answer(int(status_line.split()[1]), headers, body)

@@ -1,0 +1,223 @@
+"""The real daemon for tests: `tornado-bcast serve` as a process, its log, and its end.
+
+    with Daemon(INI, workers=2, redis=server.url) as daemon:
+        ... daemon.url, daemon.ws_url ...
+
+It runs with warnings as errors, in an environment that has nothing but what is given here, and with its data
+in a directory of its own. What its log says at WARNING or above, and any line that is no JSON object (a
+traceback), must have been announced by `expect`, or `check_log` fails.
+"""
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, Self
+
+ROOT = Path(__file__).parents[1]
+_OWN = ("BCAST_", "LISTEN_", "PORT", "BIND", "REDIS_URL", "CORS_ORIGIN", "WORKERS", "NOTIFY_SOCKET")
+_prefixes = count()
+
+
+def until(condition: Callable[[], Any], seconds: float = 10) -> Any:
+    """Wait until something is so, and return it. For tests without a loop; others have broker_kit.until."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.01)
+    return found
+
+
+class Daemon:
+    """One daemon on a free port of 127.0.0.1. `variables` are environment variables."""
+
+    def __init__(self, ini: str = "", *, workers: int = 1, redis: str = "memory:", **variables: str) -> None:
+        self.place = Path(tempfile.mkdtemp(prefix="bcastd"))
+        self._ini = self.place / "bcast.ini"
+        self._ini.write_text(ini)
+        self._log = self.place / "log"
+        self._variables = {
+            "PORT": "0",
+            "WORKERS": str(workers),
+            "REDIS_URL": redis,
+            # So that many daemons may share a Redis and know nothing of each other.
+            "BCAST_REDIS_PREFIX": f"d{os.getpid()}-{next(_prefixes)}",
+            "BCAST_REDIS_DATA_DIR": str(self.place / "redis"),
+            "BCAST_LOG_FORMAT": "json",
+            **variables,
+        }
+        self.prefix = self._variables["BCAST_REDIS_PREFIX"]
+        self._expected: set[str] = set()
+        self._checked = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        # http://127.0.0.1:PORT, or https:.
+        self.url = ""
+
+    @property
+    def ws_url(self) -> str:
+        return "ws" + self.url.removeprefix("http")
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self, *, ready: bool = True) -> Self:
+        """Run it until it serves; with `ready`, until `/health/ready` says so."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_OWN)}
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "error", "-m", "tornado_bcast.cli", "serve", "-c", str(self._ini)],
+                env=environment | self._variables,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            self.url = str(self.wait_for_log("serving")["message"]).split()[1]
+            # The port stays the same when it is started again.
+            self._variables["PORT"] = str(self.port)
+            if ready:
+                until(lambda: self._health("/health/ready") == 200)
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def _health(self, path: str) -> int | None:
+        try:
+            return self.get(path)[0]
+        except OSError:
+            return None
+
+    def get(self, path: str) -> tuple[int, Any]:
+        """Status and parsed body of a plain GET, without a loop."""
+        connection: http.client.HTTPConnection
+        if self.url.startswith("https"):
+            context = ssl._create_unverified_context()
+            connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=5, context=context)
+        else:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        finally:
+            connection.close()
+
+    def stats(self) -> dict[str, Any]:
+        status, body = self.get("/stats")
+        assert status == 200, body
+        assert isinstance(body, dict)
+        return body
+
+    def workers(self) -> list[int]:
+        """The pids of this daemon's own workers, in the order of their index."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        rows = {row["pid"]: row["worker"] for row in self.stats()["workers"]}
+        return sorted((int(pid) for pid in children if int(pid) in rows), key=rows.__getitem__)
+
+    @contextmanager
+    def only(self, worker: int) -> Iterator[None]:
+        """While this lasts no other worker does anything: new connections come to this one."""
+        others = [pid for index, pid in enumerate(self.workers()) if index != worker]
+        for pid in others:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in others:
+                os.kill(pid, signal.SIGCONT)
+
+    # The log.
+
+    def log(self) -> list[dict[str, Any]]:
+        """Its lines; one that is no JSON object has the event `no_json`."""
+        lines = []
+        # The last line may be half written.
+        for line in self._log.read_text(errors="replace").split("\n")[:-1]:
+            try:
+                lines.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                lines.append({"event": "no_json", "level": "ERROR", "message": line})
+        return lines
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        return [line for line in self.log() if line["event"] == event]
+
+    def wait_for_log(self, event: str, number: int = 1, seconds: float = 15) -> dict[str, Any]:
+        """The `number`th line of an event."""
+
+        def found() -> list[dict[str, Any]]:
+            assert self._process is not None
+            lines = self.events(event)[number - 1 :]
+            assert lines or self._process.poll() is None, self._log.read_text()
+            return lines
+
+        lines: list[dict[str, Any]] = until(found, seconds)
+        return lines[0]
+
+    def expect(self, *events: str) -> None:
+        """Lines of these events at WARNING or above belong to the test."""
+        self._expected.update(events)
+
+    def check_log(self) -> None:
+        """Fail on each line at WARNING or above, since the last check, that was not announced."""
+        lines = self.log()
+        new, self._checked = lines[self._checked :], len(lines)
+        loud = [
+            line
+            for line in new
+            if line["level"] not in ("DEBUG", "INFO") and line["event"] not in self._expected
+        ]
+        assert not loud, loud
+
+    # The end.
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def stop(self, seconds: float = 15) -> None:
+        """End it as an operator would."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        process.terminate()
+        try:
+            assert process.wait(seconds) == 0, self._log.read_text()
+        finally:
+            process.kill()
+            process.wait()
+
+    def kill(self) -> None:
+        """End it as a crash would; the kernel takes its children with it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            self.stop()
+            if kind is None:
+                self.check_log()
+        finally:
+            shutil.rmtree(self.place, ignore_errors=True)
