@@ -88,7 +88,7 @@ class Metrics:
             "bytesOut": self.bytes_out,
             "publishedPerSecond": round(self.rates[0], 1),
             "deliveredPerSecond": round(self.rates[1], 1),
-            "lags": self.lags,
+            "lags": list(self.lags),
             "lagSum": round(self.lag_sum, 3),
             "loopLag": round(self.loop_lag, 4),
         }

@@ -32,9 +32,12 @@ def check_channel(channel: object) -> str:
 
 def glob(pattern: str) -> re.Pattern[str]:
     """Compile a glob: `*` any run of characters, `?` one character, nothing else is special."""
-    return re.compile(
-        "".join({"*": ".*", "?": "."}.get(char) or re.escape(char) for char in pattern), re.DOTALL
-    )
+    parts = ["".join("." if char == "?" else re.escape(char) for char in part) for part in pattern.split("*")]
+    first, *middle = parts[:-1] or [""]
+    # What stands between two stars may as well match at its first place; an atomic group never tries another
+    # one, so a name that a client has invented costs no time, however many stars there are.
+    runs = "".join(f"(?>.*?{part})" for part in middle if part)
+    return re.compile(f"{first}{runs}.*{parts[-1]}" if len(parts) > 1 else parts[0], re.DOTALL)
 
 
 class ChannelRules:
