@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import redis.exceptions
 from hiredis import pack_command
@@ -75,7 +75,7 @@ def mask_url(url: str) -> str:
     if "@" in place:
         user, _, host = place.rpartition("@")
         place = f"{user.partition(':')[0]}:***@{host}" if ":" in user else f"***@{host}"
-    return urlunsplit((parts.scheme, place, parts.path, "", ""))
+    return f"{parts.scheme}://{place}{parts.path}"
 
 
 def connection_maker(url: str, name: str) -> Callable[[], Connection]:
@@ -162,10 +162,12 @@ class Condition:
         self._reason = ""
         # What a server that answers should have otherwise.
         self._fault: str | None = None
+        # Whether it has become a replica under our hands: what is published there reaches nobody elsewhere.
+        self._replica = False
 
     @property
     def up(self) -> bool:
-        return not self._down
+        return not self._down and not self._replica
 
     @property
     def problem(self) -> str | None:
@@ -202,6 +204,7 @@ class Condition:
         if server.problem is not None and server.problem != self._fault:
             logger.error("Redis at %s: %s", self._place, server.problem, extra={"event": "redis_problem"})
         self._fault = server.problem
+        self._replica = server.replica
 
 
 Prepare = Callable[[Connection], Awaitable[None]]

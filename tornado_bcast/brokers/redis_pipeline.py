@@ -9,6 +9,7 @@ import logging
 import random
 import re
 from collections import deque
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from redis.exceptions import AuthenticationError, BusyLoadingError, ConnectionError, ResponseError
@@ -39,6 +40,8 @@ REFUSALS = {
     "NOREPLICAS": "Redis has too few replicas",
     "WRONGTYPE": "a key that this channel needs in Redis is of another type",
 }
+# How servers say NOPERM of a command in a script: newer ones, and 6.2.
+FORBIDDEN = ("ACL failure in script", "The user executing the script can't")
 
 
 def later() -> int:
@@ -52,8 +55,10 @@ def error_code(error: Exception) -> str:
     if code and code != "ERR":
         return str(code)
     text = str(error)
+    if any(phrase in text for phrase in FORBIDDEN):
+        return "NOPERM"
     # Redis 6.2 wraps the error of a command in a script: "Error running script (...): ...: -OOM command not".
-    wrapped = re.search(r"(?:^|: ?-)([A-Z]{3,}) ", text)
+    wrapped = re.search(r"(?:^|: ?-?)([A-Z]{3,}) ", text)
     return wrapped[1] if wrapped else "ERR"
 
 
@@ -111,7 +116,12 @@ class Pipeline:
         # The last batch written, in order; of those with an answer the future is done.
         self._batch: list[Command[Any]] = []
         self._wake = asyncio.Event()
-        # Fires at the earliest deadline, while anything waits.
+        # When that was, while some of its answers are out.
+        self._sent_at: float | None = None
+        # Ends what is done on the present connection, for want of an answer.
+        self._patience: asyncio.Timeout | None = None
+        # Fires at the earliest deadline, while anything waits. One for all: a timer for each batch would be
+        # a tenth of a batch's cost.
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         # Code of an error answer -> when it was last logged.
@@ -137,12 +147,13 @@ class Pipeline:
         while True:
             connection = await self._link.connect()
             try:
-                while True:
-                    if not self._waiting:
-                        self._wake.clear()
-                        await self._wake.wait()
-                    await self._exchange(connection)
-                    self._link.succeeded()
+                async with asyncio.timeout(None) as self._patience:
+                    while True:
+                        if not self._waiting:
+                            self._wake.clear()
+                            await self._wake.wait()
+                        await self._exchange(connection)
+                        self._link.succeeded()
             except LINK_ERRORS as error:
                 await self._link.drop(error)
             except Exception as error:
@@ -172,36 +183,45 @@ class Pipeline:
             data.append(pack(("WAIT", self._wait_replicas, int(self._timeout * 500))))
         if not data:
             return
-        again: Exception | None = None
-        done: list[tuple[Command[Any], Any]] = []
-        async with asyncio.timeout(self._timeout):
+        self._sent_at = asyncio.get_running_loop().time()
+        try:
             await connection.send_packed_command(data)
-            for command in self._batch:
-                try:
-                    answer = await connection.read_response(disconnect_on_error=False)
-                except (ResponseError, BusyLoadingError, AuthenticationError) as error:
-                    command.written = False
-                    if error_code(error) in RETRY_CODES:
-                        again = again or error
-                    else:
-                        self._refuse(command, error)
-                    continue
-                if waits and command.replicated:
-                    done.append((command, answer))
-                else:
-                    self._resolve(command, answer, server)
-            enough = not waits or await connection.read_response() >= self._wait_replicas
-        for command, answer in done:
-            if enough:
-                self._resolve(command, answer, server)
-            else:
-                self._fail(command, "too few replicas have it: send it again with the same messageId")
+            again = await self._take_answers(connection, server, waits)
+        finally:
+            self._sent_at = None
         if again is not None:
             if error_code(again) != "NOSCRIPT":
                 raise again
             self._put_back()
             async with asyncio.timeout(self._timeout):
                 await self._link.prepare(connection)
+
+    async def _take_answers(self, connection: Connection, server: Server, waits: bool) -> Exception | None:
+        """Answer the batch, in order. Returns the error that keeps some of it for another try."""
+        again: Exception | None = None
+        done: list[tuple[Command[Any], Any]] = []
+        for command in self._batch:
+            try:
+                answer = await connection.read_response(disconnect_on_error=False)
+            except (ResponseError, BusyLoadingError, AuthenticationError) as error:
+                command.written = False
+                if error_code(error) in RETRY_CODES:
+                    again = again or error
+                else:
+                    self._refuse(command, error)
+                continue
+            if waits and command.replicated:
+                done.append((command, answer))
+            else:
+                self._resolve(command, answer, server)
+        if waits:
+            enough = await connection.read_response() >= self._wait_replicas
+            for command, answer in done:
+                if enough:
+                    self._resolve(command, answer, server)
+                else:
+                    self._fail(command, "too few replicas have it: send it again with the same messageId")
+        return again
 
     def _take(self, server: Server) -> list[bytes]:
         """Move the next batch out of the queue; its bytes."""
@@ -244,9 +264,14 @@ class Pipeline:
             self._waiting_bytes -= command.size
             self._fail(command, "Redis cannot be reached")
         # Deadlines rise along the batch and on through the queue.
-        unanswered = (command.deadline for command in self._batch if not command.future.done())
-        following = next(unanswered, self._waiting[0].deadline if self._waiting else None)
-        self._timer = None if following is None else loop.call_at(following, self._expire)
+        ahead = [command.deadline for command in self._batch if not command.future.done()][:1]
+        ahead += [command.deadline for command in islice(self._waiting, 1)]
+        if self._sent_at is not None:
+            if self._sent_at + self._timeout <= now and self._patience is not None:
+                self._patience.reschedule(now)
+            else:
+                ahead.append(self._sent_at + self._timeout)
+        self._timer = loop.call_at(min(ahead), self._expire) if ahead else None
 
     def _resolve(self, command: Command[Any], answer: Any, server: Server) -> None:
         if not command.future.done():
