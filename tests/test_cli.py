@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_daemon import COMMAND, ROOT, RealDaemon, real_daemon
+from daemon import ROOT, Daemon, until
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
@@ -25,6 +26,7 @@ from tornado_bcast import client
 from tornado_bcast.errors import Unavailable
 from tornado_bcast.tail import Print, Say, Send, Stop, Tail
 
+COMMAND = [sys.executable, "-W", "error", "-m", "tornado_bcast.cli"]
 # What cron gives to a job: no HOME, no terminal.
 CRON = {"PATH": "/usr/bin:/bin"}
 
@@ -781,12 +783,16 @@ def test_a_closed_output_is_no_accident() -> None:
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealDaemon]:
-    with real_daemon(tmp_path_factory.mktemp("daemon")) as daemon:
+def daemon() -> Iterator[Daemon]:
+    with Daemon(workers=2, redis="embedded:") as daemon:
         yield daemon
 
 
-def test_what_publish_sends_tail_prints(daemon: RealDaemon) -> None:
+def sent(daemon: Daemon, channel: str, data: Any) -> None:
+    client.publish(channel, data, url=daemon.url)
+
+
+def test_what_publish_sends_tail_prints(daemon: Daemon) -> None:
     with tail("cli.a", "cli.b", "--url", daemon.url) as process:
         assert process.stdout and process.stderr
         assert {process.stderr.readline().split()[-1] for _ in range(2)} == {"cli.a", "cli.b"}
@@ -805,7 +811,7 @@ def test_what_publish_sends_tail_prints(daemon: RealDaemon) -> None:
     assert lines[0]["messageId"] == "id-1"
 
 
-def test_refusals_of_the_real_daemon(daemon: RealDaemon) -> None:
+def test_refusals_of_the_real_daemon(daemon: Daemon) -> None:
     done = run("publish", "$system", "1", "--url", daemon.url)
     assert (done.returncode, done.stdout) == (1, "")
     assert "$" in done.stderr
@@ -817,29 +823,30 @@ def test_refusals_of_the_real_daemon(daemon: RealDaemon) -> None:
     assert done.stderr.startswith("tornado-bcast tail: not a channel: ")
 
 
-def test_tail_outlives_a_rolling_replacement(daemon: RealDaemon) -> None:
-    replaced = sum(line["event"] == "replaced" for line in daemon.log)
+def test_tail_outlives_a_rolling_replacement(daemon: Daemon) -> None:
+    replaced = len(daemon.events("replaced"))
     with tail("cli.roll", "--url", daemon.url) as process:
         assert process.stdout and process.stderr
         process.stderr.readline()
         daemon.signal(signal.SIGHUP)
-        daemon.wait_for("replaced", replaced + 1, 60)
+        daemon.wait_for_log("replaced", replaced + 1, 60)
         assert "(1012, restart)" in process.stderr.readline()
         assert "subscribed to cli.roll again" in process.stderr.readline()
-        daemon.post({"channel": "cli.roll", "data": 1})
+        # It may have come to the other old worker first, and then it was sent on once more.
+        until(lambda: sent(daemon, "cli.roll", 1) or select.select([process.stdout], [], [], 0.2)[0])
         assert json.loads(process.stdout.readline())["data"] == 1
         assert stop(process)[0] == 130
 
 
-def test_serve_logs_json_and_nothing_of_what_is_sent(tmp_path: Path) -> None:
-    with real_daemon(tmp_path, BCAST_LOG_LEVEL="debug", WORKERS="1") as daemon:
+def test_serve_logs_json_and_nothing_of_what_is_sent() -> None:
+    with Daemon(redis="embedded:", BCAST_LOG_LEVEL="debug") as daemon:
         secret = "s3cr3t-payload"
-        daemon.post({"channel": "news", "data": secret})
+        sent(daemon, "news", secret)
         run("publish", "$no", json.dumps(secret), "--url", f"{daemon.url}")
         with tail("news", "--url", daemon.url) as process:
             assert process.stdout and process.stderr
             process.stderr.readline()
-            daemon.post({"channel": "news", "data": secret})
+            sent(daemon, "news", secret)
             assert secret in process.stdout.readline()
             stop(process)
         for path in ("/ws", "/", "/broadcast", "/health", "/nowhere"):
@@ -848,8 +855,8 @@ def test_serve_logs_json_and_nothing_of_what_is_sent(tmp_path: Path) -> None:
                 peer.settimeout(5)
                 while peer.recv(65536):
                     pass
-    assert secret not in json.dumps(daemon.log)
-    lines = [line for line in daemon.log if line["event"] != "eof"]
+        lines = daemon.log()
+    assert secret not in json.dumps(lines)
     assert all({"time", "level", "event", "message", "worker"} <= line.keys() for line in lines)
     assert {line["worker"] for line in lines} == {None, 0}
 
@@ -859,3 +866,24 @@ def test_options_of_serve_stand_above_the_environment() -> None:
     assert (done.returncode, "command line" in done.stderr) == (2, True)
     done = run("--redis-url", "gopher://x")
     assert (done.returncode, "[redis] url" in done.stderr) == (2, True)
+
+
+def test_tail_misses_nothing_of_a_persistent_channel() -> None:
+    with Daemon("[channel kept]\npersistent = yes\n", workers=2, redis="embedded:") as daemon:
+        for n in range(1, 4):
+            sent(daemon, "kept", n)
+        with tail("kept", "--last", "2", "--url", daemon.url) as process:
+            assert process.stdout and process.stderr
+            process.stderr.readline()
+            daemon.signal(signal.SIGHUP)
+            for n in range(4, 40):
+                sent(daemon, "kept", n)
+                time.sleep(0.02)
+            daemon.wait_for_log("replaced", seconds=60)
+            sent(daemon, "kept", 40)
+            data = [json.loads(process.stdout.readline())["data"] for _ in range(39)]
+            _, out, err = stop(process)
+    assert data == list(range(2, 41))
+    assert out == ""
+    assert "subscribed to kept again" in err
+    assert "missed" not in err
