@@ -184,6 +184,16 @@ def test_publish_takes_the_key_from_a_file_or_the_environment(tmp_path: Path) ->
     assert sent == ["Bearer from-env", "Bearer from-file"]
 
 
+@pytest.mark.parametrize("content", [b"", b" \n", b"uno\ndos\n", "schl\u00fcssel".encode(), b"\xff"])
+def test_a_file_without_a_usable_secret_is_told_and_not_shown(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(content)
+    for arguments in (["publish", "news", "1", "--key-file"], ["tail", "news", "--token-file"]):
+        done = run(*arguments, str(path))
+        assert (done.returncode, str(path) in done.stderr) == (2, True)
+        assert not any(part in done.stderr for part in ("uno", "schl"))
+
+
 def test_there_is_no_option_for_the_key_itself() -> None:
     done = run("publish", "news", "1", "--key", "secret")
     assert done.returncode == 2
@@ -492,6 +502,18 @@ def test_tail_ends_in_silence_when_nobody_reads_any_more() -> None:
     assert json.loads(first)["data"] == 1
     assert status == "0"
     assert done.stderr == "tornado-bcast tail: subscribed to a\n"
+
+
+def test_tail_ends_in_silence_also_while_it_waits_for_a_server() -> None:
+    command = (
+        " ".join([*COMMAND, "tail", "a", "--url", "http://127.0.0.1:9"])
+        + " | sleep 1.5; echo ${PIPESTATUS[0]}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=CRON, cwd=ROOT, timeout=20, check=False
+    )
+    assert done.stdout == "0\n"
+    assert all("Trying again in" in line for line in done.stderr.splitlines())
 
 
 def test_tail_asks_for_the_last_and_goes_on_after_its_position() -> None:

@@ -178,6 +178,8 @@ def read_secret(path: str) -> str:
         raise ValueError(f"{path} is not a text file.") from None
     if not secret:
         raise ValueError(f"{path} is empty.")
+    if not (secret.isascii() and secret.isprintable()):
+        raise ValueError(f"{path} holds more than one key or token, or none.")
     return secret
 
 

@@ -184,18 +184,23 @@ class Follower:
     async def run(self) -> None:
         """Follow until nobody reads the output any more. Raises client.Rejected when the server refuses."""
         self._watch_reader()
-        while not self._unread:
-            try:
-                await self._follow()
-            except _Ended as end:
-                if end.final:
-                    raise client.Rejected(end.sentence) from end
-                pause = self._backoff.next() if end.pause is None else end.pause
-                self._say(f"{end.sentence} Trying again in {pause:.1f} s.")
-                await asyncio.sleep(pause)
-            except asyncio.CancelledError:
-                if not self._unread:
-                    raise
+        try:
+            while True:
+                await self._follow_once()
+        except asyncio.CancelledError:
+            if not self._unread:
+                raise
+
+    async def _follow_once(self) -> None:
+        """One connection, and the pause after it."""
+        try:
+            await self._follow()
+        except _Ended as end:
+            if end.final:
+                raise client.Rejected(end.sentence) from end
+            pause = self._backoff.next() if end.pause is None else end.pause
+            self._say(f"{end.sentence} Trying again in {pause:.1f} s.")
+            await asyncio.sleep(pause)
 
     def _watch_reader(self) -> None:
         """End once nobody reads the output any more, also while no message comes.
