@@ -93,14 +93,14 @@ class Sink:
         elif self._queued + len(data) > self._limit and self._queued:
             self._owner.on_slow()
         else:
-            self._append(None, data, 0)
+            self._append(_Entry(None, data, 0))
 
     def end(self, data: bytes) -> None:
         """Send a last frame after all that is queued, whatever the bound."""
         if self.clear:
             self.send("", data, (data,), "disconnect")
         else:
-            self._append(None, data, 0)
+            self._append(_Entry(None, data, 0))
 
     def forget(self) -> None:
         """Drop what is queued. A frame that is half written is finished all the same."""
@@ -129,21 +129,30 @@ class Sink:
             if not self._make_room(len(data)):
                 self._owner_dropped(count, policy)
                 return True
-        self._append(channel if policy == "drop_oldest" else None, data, count)
+        self._append(_Entry(channel if policy == "drop_oldest" else None, data, count))
         return True
 
     def _replace(self, channel: str, frame: bytes) -> bool:
+        old = self._latest.get(channel) if self._latest else None
+        if old is not None:
+            self._owner_dropped(1, "latest")
+            grown = self._queued + len(frame) - len(old.data)
+            if grown <= self._limit:
+                self._queued, old.data = grown, frame
+                return True
+            # Too large for its predecessor's place.
+            assert self._entries is not None
+            self._entries.remove(old)
+            self._queued -= len(old.data)
+        if self._queued + len(frame) > self._limit and self._queued and not self._make_room(len(frame)):
+            self._owner_dropped(1, "latest")
+            return True
+        entry = _Entry(channel, frame, 1)
         if self._latest is None:
             self._latest = {}
-        entry = self._latest.get(channel)
-        if entry is not None:
-            self._queued += len(frame) - len(entry.data)
-            entry.data = frame
-            self._owner_dropped(1, "latest")
-        elif self._queued + len(frame) > self._limit and self._queued and not self._make_room(len(frame)):
-            self._owner_dropped(1, "latest")
-        else:
-            self._latest[channel] = self._append(channel, frame, 1)
+        # Known before it is queued: it may leave at once, and is no longer to be replaced then.
+        self._latest[channel] = entry
+        self._append(entry)
         return True
 
     def _make_room(self, size: int) -> bool:
@@ -168,15 +177,13 @@ class Sink:
         if count:
             self._owner.on_dropped(count, policy)
 
-    def _append(self, channel: str | None, data: bytes, count: int) -> _Entry:
-        entry = _Entry(channel, data, count)
+    def _append(self, entry: _Entry) -> None:
         if self._entries is None:
             self._entries = deque()
         self._entries.append(entry)
-        self._queued += len(data)
+        self._queued += len(entry.data)
         if not self._stream.writing():
             self._drain()
-        return entry
 
     def _drain(self) -> None:
         """Hand queued frames to the stream until it holds some back."""
