@@ -5,11 +5,17 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from redis_server import RedisServer, binaries
 from tornado.ioloop import IOLoop
 
 # Whose warnings and errors fail a test that did not announce them.
 _LOGGERS = ("tornado_bcast", "tornado", "asyncio")
+
+
+# How long an example takes says more about what else the machine does.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
