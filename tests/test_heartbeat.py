@@ -4,15 +4,15 @@ from tornado_bcast.heartbeat import TICK, Heartbeat
 
 
 class Peer:
-    seen = pinged = 0.0
+    seen = pinged = next_ping = 0.0
     slot = 0
 
 
 class World:
     """Peers by name under one heartbeat of 10 s and 4 s, and what became of them."""
 
-    def __init__(self, *names: str) -> None:
-        self.heartbeat: Heartbeat[Peer] = Heartbeat(10.0, 4.0)
+    def __init__(self, *names: str, interval: float = 10.0, timeout: float = 4.0) -> None:
+        self.heartbeat: Heartbeat[Peer] = Heartbeat(interval, timeout)
         self.now = 1000.0
         self.peers = {name: Peer() for name in names}
         for peer in self.peers.values():
@@ -103,3 +103,11 @@ def test_a_timeout_longer_than_the_interval() -> None:
         if ping:
             peer.seen = now
     assert pings >= 10
+
+
+def test_a_long_timeout_does_not_stretch_the_interval() -> None:
+    world = World("a", interval=2.0, timeout=7.0)
+    world.run(8.9)
+    assert 3 <= len(world.pinged) <= 4 and not world.dead
+    world.run(1)
+    assert len(world.dead) == 1

@@ -16,8 +16,10 @@ class Peer(Protocol):
 
     # The last sign of life; the connection writes it.
     seen: float
-    # When it was last pinged and not yet found alive; 0: it is not waited for. The heartbeat writes it.
+    # The ping that it has not answered by any sign of life; 0: none. The heartbeat writes it.
     pinged: float
+    # When the next ping goes out. The heartbeat writes it.
+    next_ping: float
     # Its place on the wheel. The heartbeat writes it.
     slot: int
 
@@ -35,7 +37,8 @@ class Heartbeat(Generic[P]):
 
     def add(self, peer: P, now: float) -> None:
         peer.seen, peer.pinged = now, 0.0
-        peer.slot = self._wheel.add(peer, now + self.interval)
+        peer.next_ping = now + self.interval
+        peer.slot = self._wheel.add(peer, peer.next_ping)
 
     def remove(self, peer: P) -> None:
         self._wheel.discard(peer, peer.slot)
@@ -45,15 +48,17 @@ class Heartbeat(Generic[P]):
         ping: list[P] = []
         dead: list[P] = []
         for peer in self._wheel.expired(now):
-            if not peer.pinged:
-                peer.pinged = now
-                ping.append(peer)
-                due = now + self.timeout
-            elif peer.seen >= peer.pinged:
-                due = max(now, peer.pinged + self.interval)
+            if peer.seen >= peer.pinged:
                 peer.pinged = 0.0
-            else:
+            elif now >= peer.pinged + self.timeout:
                 dead.append(peer)
                 continue
+            if now >= peer.next_ping:
+                ping.append(peer)
+                peer.pinged = peer.pinged or now
+                peer.next_ping = now + self.interval
+            due = peer.next_ping
+            if peer.pinged:
+                due = min(due, peer.pinged + self.timeout)
             peer.slot = self._wheel.add(peer, due)
         return ping, dead

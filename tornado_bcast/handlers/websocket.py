@@ -72,6 +72,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
     # See heartbeat.Peer.
     seen: float
     pinged: float
+    next_ping: float
     slot: int
 
     # Before the upgrade
