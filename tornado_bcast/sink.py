@@ -26,7 +26,7 @@ class SinkOwner(Protocol):
         """The queue is full of what must not be dropped: the connection is too slow to go on."""
 
     def on_drained(self) -> None:
-        """Everything queued has left."""
+        """Everything that had to wait has left."""
 
     def on_dropped(self, count: int, policy: SlowConsumer) -> None:
         """So many messages were dropped by policy."""
@@ -141,8 +141,9 @@ class Sink:
                 self._queued, old.data = grown, frame
                 return True
             # Too large for its predecessor's place.
-            assert self._entries is not None
+            assert self._entries is not None and self._latest is not None
             self._entries.remove(old)
+            del self._latest[channel]
             self._queued -= len(old.data)
         if self._queued + len(frame) > self._limit and self._queued and not self._make_room(len(frame)):
             self._owner_dropped(1, "latest")
@@ -185,8 +186,8 @@ class Sink:
         if not self._stream.writing():
             self._drain()
 
-    def _drain(self) -> None:
-        """Hand queued frames to the stream until it holds some back."""
+    def _drain(self) -> bool:
+        """Hand queued frames to the stream until it holds some back. True: nothing is queued any more."""
         while self._entries:
             chunk = bytearray()
             while self._entries and len(chunk) < _CHUNK:
@@ -196,11 +197,12 @@ class Sink:
                 chunk += entry.data
             self._queued -= len(chunk)
             if self._write(memoryview(chunk)):
-                return
-        if self._queued == 0 and not self._stream.closed() and not self._stream.writing():
-            self._entries = self._latest = None
-            self.clear = self._direct
-            self._owner.on_drained()
+                return False
+        if self._queued or self._stream.closed() or self._stream.writing():
+            return False
+        self._entries = self._latest = None
+        self.clear = self._direct
+        return True
 
     def _write(self, data: memoryview) -> bool:
         """Write through the stream; True while it has not taken everything to the kernel."""
@@ -217,7 +219,8 @@ class Sink:
 
         def written(_: object) -> None:
             self._queued -= size
-            self._drain()
+            if self._drain():
+                self._owner.on_drained()
 
         future.add_done_callback(written)
         return True
