@@ -86,7 +86,8 @@ class Proxy:
     """A way to a Redis server that can be broken, each connection by itself. With `tls` it speaks TLS."""
 
     def __init__(self, path: Path, tls: ssl.SSLContext | None = None) -> None:
-        self._path = path
+        # Where new connections go.
+        self.path = path
         self._tls = tls
         self.port = 0
         # Of each open connection: both writers, and what came from the client on it.
@@ -117,7 +118,7 @@ class Proxy:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
-            back, forth = await asyncio.open_unix_connection(self._path)
+            back, forth = await asyncio.open_unix_connection(self.path)
         except OSError:
             writer.transport.abort()
             return

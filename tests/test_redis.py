@@ -290,6 +290,28 @@ class TestOutage:
         assert "deaf" in caplog.text
 
     @asynchronous
+    async def test_listening_to_another_server_than_published_to(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As after a failover that left one of two connections with the old master."""
+        monkeypatch.setattr("tornado_bcast.brokers.redis.OWN_SILENCE", 4.0)
+        old, new = make().start(), make().start()
+        async with Proxy(old.socket) as proxy, up(proxy.url) as node, up(old.url) as other:
+            await node.broker.subscribe("a")
+            proxy.path = new.socket
+            for way in proxy.connections:
+                if b"SUBSCRIBE" not in way.said:
+                    way.abort()
+            await until(lambda: not node.broker.health().up)
+            # It hears the other one all the while.
+            heard = len(other.rows)
+            await until(lambda: node.gaps == ["a"])
+            assert len(other.rows) > heard
+            await until(lambda: node.broker.health().up)
+            await node.broker.publish(publication("a", 1))
+            await until(lambda: node.heard("a") == [1])
+
+    @asynchronous
     async def test_a_mute_publisher_is_not_taken_for_deafness(self, server: RedisServer) -> None:
         """The ear is not to blame when nothing is said."""
         async with Proxy(server.socket) as proxy, up(proxy.url, publish_timeout=1) as node:
@@ -300,6 +322,28 @@ class TestOutage:
             await until(lambda: node.broker.health().up)
             assert ear in proxy.connections
             assert node.gaps == []
+
+    @pytest.mark.parametrize("way", ["url", "unix_url"])
+    @asynchronous
+    async def test_closing_does_not_wait_for_a_stuck_server(self, server: RedisServer, way: str) -> None:
+        loop = asyncio.get_running_loop()
+        async with up(getattr(server, way), publish_timeout=0.5) as node:
+            server.kill(signal.SIGSTOP)
+            # More than sockets take, so that some of it stays in our hands.
+            big = "x" * (1 << 20)
+            for _ in range(2):
+                futures = [node.broker.publish(publication("a", big, str(step))) for step in range(20)]
+                for future in futures:
+                    assert await fate(future) in ("Redis did not answer in time", "Redis cannot be reached")
+            waiting = [node.broker.publish(publication("a", big, str(step))) for step in range(20)]
+            subscribing = asyncio.ensure_future(node.broker.subscribe("a"))
+            await asyncio.sleep(0.1)
+            start = loop.time()
+        assert loop.time() - start < 1
+        for future in waiting:
+            assert await fate(future) == "the server is stopping"
+        with pytest.raises(Unavailable):
+            await subscribing
 
 
 class TestLostAnswers:

@@ -19,7 +19,7 @@ from tornado_bcast.brokers import (
     encode_bus,
 )
 from tornado_bcast.brokers.redis_bridge import Bridge
-from tornado_bcast.brokers.redis_canary import INTERVAL, Canary
+from tornado_bcast.brokers.redis_canary import INTERVAL, OWN_SILENCE, SILENCE, Canary
 from tornado_bcast.brokers.redis_commands import (
     CHUNK,
     Channels,
@@ -56,7 +56,7 @@ class RedisBroker:
         # A try may still be under way on a stuck server when its publication has been given up.
         self._retry_window = 2 * publish_timeout
         self._condition = Condition(url)
-        make = connection_maker(url, prefix)
+        make = connection_maker(url)
         self._publish_link = Link("publish", make, self._condition, load_scripts)
         self._command_link = Link("command", make, self._condition, load_scripts)
         self._listen_link = Link("listen", make, self._condition)
@@ -71,6 +71,8 @@ class RedisBroker:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self, events: BrokerEvents, row: Callable[[], bytes]) -> None:
+        # Anew: a broker that was made before a fork would share them with its brothers.
+        self._tokens = Tokens()
         self._canary = Canary(self._tokens.next(), self._send_row, row)
         self._bridge = Bridge(self._listen_link, self._names, events, self._canary.hear, self._greet)
         self._tasks = [
@@ -116,7 +118,8 @@ class RedisBroker:
         heads: dict[str, History] = {}
         for start in range(0, len(channels), CHUNK):
             piece = channels[start : start + CHUNK]
-            answers = await asyncio.gather(*(self.read(channel, 0, 0) for channel in piece))
+            commands = [Read(channel, 0, 0, self._names, self._tokens) for channel in piece]
+            answers = await asyncio.gather(*map(self._commands.submit, commands))
             heads.update(zip(piece, answers, strict=True))
         return heads
 
@@ -134,7 +137,8 @@ class RedisBroker:
     async def _watch(self) -> None:
         """The clock: a row each second, a look at the ear, now and then one at the server."""
         loop = asyncio.get_running_loop()
-        sing_at = info_at = 0.0
+        sing_at = info_at = lively_at = 0.0
+        heard = 0
         while True:
             due = loop.time() + TICK
             await asyncio.sleep(TICK)
@@ -145,8 +149,11 @@ class RedisBroker:
             if now >= sing_at:
                 sing_at = max(sing_at + INTERVAL, now)
                 self._canary.sing()
+            if heard != self._bridge.heard:
+                heard, lively_at = self._bridge.heard, now
             ready_since = self._bridge.ready_since
-            if ready_since is not None and self._canary.is_missing(ready_since):
+            patience = SILENCE if now - lively_at >= SILENCE else OWN_SILENCE
+            if ready_since is not None and self._canary.is_missing(ready_since, patience):
                 self._bridge.replace()
             if now >= info_at:
                 info_at = now + INFO_INTERVAL

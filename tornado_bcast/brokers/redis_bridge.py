@@ -48,7 +48,7 @@ class Bridge:
         self._sent: set[bytes] = set()
         self._unanswered: dict[bytes, int] = {}
         # Those that Redis has confirmed: only their messages are told.
-        self._heard: dict[bytes, str | None] = {}
+        self._confirmed: dict[bytes, str | None] = {}
         # Those that were confirmed on an earlier connection and not yet on this one.
         self._interrupted: set[bytes] = set()
         self._gaps: list[str] = []
@@ -60,18 +60,20 @@ class Bridge:
         self._patience: asyncio.Timeout | None = None
         # Since when the present connection stands, with everything confirmed that every worker hears.
         self.ready_since: float | None = None
+        # Messages of any kind that came; a sign of life.
+        self.heard = 0
         # Messages dropped because they are not in the bus form; when that was last logged.
         self.foreign = 0
         self._complained = -COMPLAINT_INTERVAL
 
     async def subscribe(self, channel: str) -> None:
         name = self._names.bus(channel)
-        if name in self._heard:
+        if name in self._confirmed:
             return
         self._wanted[name] = channel
         if name in self._sent and name not in self._unanswered:
             # It was given up in this very turn, and Redis has not heard of that.
-            self._heard[name] = channel
+            self._confirmed[name] = channel
             return
         self._change(name)
         waiter: asyncio.Future[None] = self._loop.create_future()
@@ -81,7 +83,7 @@ class Bridge:
     def unsubscribe(self, channel: str) -> None:
         name = self._names.bus(channel)
         self._wanted.pop(name, None)
-        self._heard.pop(name, None)
+        self._confirmed.pop(name, None)
         self._interrupted.discard(name)
         self._release(name, Unavailable("the subscription was given up"))
         self._change(name)
@@ -123,8 +125,8 @@ class Bridge:
             self.ready_since = None
             self._sent.clear()
             self._unanswered.clear()
-            self._interrupted.update(self._heard)
-            self._heard.clear()
+            self._interrupted.update(self._confirmed)
+            self._confirmed.clear()
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
 
@@ -152,7 +154,8 @@ class Bridge:
     def _hear(self, answer: Any) -> None:
         kind, name, data = answer
         if kind == b"message":
-            if name in self._heard:
+            self.heard += 1
+            if name in self._confirmed:
                 self._tell(name, data)
         elif kind == b"subscribe" or kind == b"unsubscribe":
             self._confirm(kind == b"subscribe", name)
@@ -170,7 +173,7 @@ class Bridge:
             if name == self._names.workers:
                 self._events.on_peer(row)
             else:
-                self._events.on_message(self._heard[name], message)
+                self._events.on_message(self._confirmed[name], message)
         except Exception:
             logger.exception("A message could not be handed on", extra={"event": "message_failed"})
 
@@ -194,7 +197,7 @@ class Bridge:
             return
         if not subscribed or name not in self._wanted:
             return
-        channel = self._heard[name] = self._wanted[name]
+        channel = self._confirmed[name] = self._wanted[name]
         self._release(name, None)
         if name in self._interrupted:
             self._interrupted.discard(name)
@@ -202,7 +205,10 @@ class Bridge:
                 if not self._gaps:
                     self._loop.call_soon(self._tell_gaps)
                 self._gaps.append(channel)
-        if self.ready_since is None and {self._names.everybody, self._names.workers} <= self._heard.keys():
+        if (
+            self.ready_since is None
+            and {self._names.everybody, self._names.workers} <= self._confirmed.keys()
+        ):
             self.ready_since = self._loop.time()
             self._link.succeeded()
             self._on_ready()

@@ -14,9 +14,11 @@ from tornado_bcast.errors import Unavailable
 logger = logging.getLogger(__name__)
 
 INTERVAL = 1.0  # seconds from row to row
-# Seconds without a row of our own after which the pub/sub connection is taken for deaf; and how long one
-# must be missing that Redis has taken.
+# Seconds without a row of our own after which the pub/sub connection is taken for deaf: when nothing else
+# comes out of it either, and when others are heard (a long backlog; or it stands with another server than
+# the one that we publish to). A row of ours that Redis has taken must be missing for a while.
 SILENCE = 3.0
+OWN_SILENCE = 10.0
 MISSING = 2.0
 PROBE_TIMEOUT = 2.0  # seconds
 # Rows of our own that are waited for, at most.
@@ -73,13 +75,13 @@ class Canary:
             self._back(int(number))
         return row
 
-    def is_missing(self, since: float) -> bool:
-        """Whether a connection that stands since then is deaf."""
+    def is_missing(self, since: float, patience: float) -> bool:
+        """Whether a connection that stands since then has been silent about us for so many seconds."""
         now = self._loop.time()
         return (
             self._missing_since is not None
             and now - self._missing_since >= MISSING
-            and now - max(since, self.heard_at or since) >= SILENCE
+            and now - max(since, self.heard_at or since) >= patience
         )
 
     def is_fresh(self, since: float) -> bool:

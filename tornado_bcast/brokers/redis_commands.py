@@ -22,6 +22,9 @@ READ_BYTES = 1 << 20
 # Names in one SUBSCRIBE; heads in one round.
 CHUNK = 500
 
+# The receipt of all that is neither numbered nor a duplicate.
+TAKEN = Receipt()
+
 
 class Script:
     """A Lua script, called by its digest."""
@@ -94,7 +97,7 @@ class PlainPublish(Command[Receipt]):
         return pack((b"PUBLISH", self._name, self._data))
 
     def decode(self, answer: Any, server: Server) -> Receipt:
-        return Receipt()
+        return TAKEN
 
 
 class ScriptPublish(Command[Receipt]):

@@ -78,27 +78,35 @@ def mask_url(url: str) -> str:
     return f"{parts.scheme}://{place}{parts.path}"
 
 
-def connection_maker(url: str, name: str) -> Callable[[], Connection]:
-    """A constructor of connections to this URL; ConfigError where it cannot be understood."""
+def connection_maker(url: str) -> Callable[[str], Connection]:
+    """A constructor of connections to this URL, which takes their name for CLIENT LIST.
+
+    Raises ConfigError where the URL cannot be understood.
+    """
     try:
         arguments: dict[str, Any] = dict(parse_url(url))
         make: Callable[..., Connection] = arguments.pop("connection_class", TcpConnection)
         # Ours, whatever the URL says: RESP2, for with RESP3 redis-py writes each pub/sub message to its
         # debug log; our own deadlines, backoff and health check instead of its.
-        for option in ("timeout", "max_connections", "retry_on_timeout", "health_check_interval"):
+        for option in (
+            "timeout",
+            "max_connections",
+            "retry_on_timeout",
+            "health_check_interval",
+            "client_name",
+        ):
             arguments.pop(option, None)
         arguments |= {
             "protocol": 2,
             "socket_timeout": None,
             "socket_connect_timeout": CONNECT_TIMEOUT,
-            "client_name": name,
             "driver_info": None,
         }
         make(**arguments)
     except (ValueError, TypeError, RedisError) as error:
         reason = str(error).replace("AbstractConnection.__init__() ", "")
         raise ConfigError([f"[redis] url: {mask_url(url)} cannot be used: {reason}"]) from None
-    return lambda: make(**arguments)
+    return lambda name: make(**arguments, client_name=f"tornado-bcast-{name}")
 
 
 def read_info(text: bytes) -> Server:
@@ -128,7 +136,8 @@ def is_refusal(error: BaseException) -> bool:
     # redis-py hides the cause of a failure on Unix sockets and in TLS handshakes behind its own error.
     chain = [error, error.__cause__, error.__context__]
     return any(
-        isinstance(one, Unusable | AuthenticationError | InvalidResponse | ssl.SSLCertVerificationError)
+        isinstance(one, Unusable | AuthenticationError | NoPermissionError | InvalidResponse)
+        or isinstance(one, ssl.SSLCertVerificationError)
         for one in chain
     )
 
@@ -217,7 +226,11 @@ class Link:
     """
 
     def __init__(
-        self, name: str, make: Callable[[], Connection], condition: Condition, prepare: Prepare | None = None
+        self,
+        name: str,
+        make: Callable[[str], Connection],
+        condition: Condition,
+        prepare: Prepare | None = None,
     ) -> None:
         self.name = name
         # What the present connection's server said of itself.
@@ -230,6 +243,9 @@ class Link:
         # Failures since the last success: the exponent of the backoff.
         self._failures = 0
         self._connection: Connection | None = None
+        # Its transport. redis-py closes in good order only, and that never ends while the other side takes
+        # nothing: the socket and all that was written would stay, to be sent some day.
+        self._transport: asyncio.WriteTransport | None = None
 
     async def connect(self) -> Connection:
         """Come back with a connection that stands, however many attempts it takes."""
@@ -237,10 +253,11 @@ class Link:
             if self._failures:
                 # Full jitter: after an outage the workers of all nodes do not come at once.
                 await asyncio.sleep(random.uniform(0, min(BACKOFF_CAP, BACKOFF_BASE * 2**self._failures)))
-            connection = self._connection = self._make()
+            connection = self._connection = self._make(self.name)
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT):
                     await connection.connect()
+                    self._transport = transport_of(connection)
                     self.server = read_info(await ask(connection, "INFO"))
                     if self.server.replica:
                         raise Unusable(str(self.server.problem))
@@ -268,18 +285,26 @@ class Link:
     async def drop(self, error: BaseException) -> None:
         """Give up the connection because of an error."""
         self._failures = min(self._failures + 1, 10)
-        self.up = False
         self._condition.lost(self.name, error, asyncio.get_running_loop().time())
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.disconnect(nowait=True)
+        await self.close()
 
     async def close(self) -> None:
-        """Give up the connection for good."""
+        """Give up the connection, for now or for good."""
         self.up = False
         connection, self._connection = self._connection, None
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.abort()
         if connection is not None:
-            await connection.disconnect()
+            await connection.disconnect(nowait=True)
+            # The socket is let go in the next turn of the loop.
+            await asyncio.sleep(0)
+
+
+def transport_of(connection: Connection) -> asyncio.WriteTransport | None:
+    """What redis-py has no public name for."""
+    writer: asyncio.StreamWriter | None = getattr(connection, "_writer", None)
+    return None if writer is None else writer.transport
 
 
 async def ask(connection: Connection, *command: str | bytes | int) -> Any:
@@ -294,11 +319,11 @@ def check_server(url: str) -> str | None:
     Raises ConfigError where waiting would not help: no Redis, too old a one, a refused password or
     certificate. Returns a warning where it cannot be reached or is still loading; None where all is well.
     """
-    make = connection_maker(url, "check")
+    make = connection_maker(url)
     place = mask_url(url)
 
     async def look() -> Server:
-        connection = make()
+        connection = make("check")
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 await connection.connect()
@@ -312,4 +337,5 @@ def check_server(url: str) -> str | None:
         if is_refusal(error):
             raise ConfigError([f"[redis] url: {place}: {explain(error)}"]) from None
         return f"{place} cannot be reached yet: {explain(error)}"
-    return server.problem and f"{place}: {server.problem}"
+    problem = "Redis is loading its data" if server.loading else server.problem
+    return problem and f"{place}: {problem}"
