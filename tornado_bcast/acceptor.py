@@ -1,0 +1,223 @@
+"""Listening, and accepting by count: all workers share the sockets, and who has the fewest takes the next.
+
+Owns the listening sockets, which are made before the fork, and their place in each worker's event loop. Never
+reads a byte; what an accepted socket becomes is the business of `on_connection`.
+
+No queue is bound to a worker. A connection waits in the kernel's one queue until a worker takes it, and each
+worker takes some only while it has not more than a small slack above the lowest of those that live
+(board.py). So a dead, stopped or leaving worker swallows nothing, and a new one fills up first. A worker
+without room takes the sockets out of its loop, or every connection that is not for it would wake it.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+import resource
+import socket
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+from tornado.netutil import bind_sockets
+
+from .board import Board
+from .errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 4096
+# Accepted in one go, so that the loop serves others in between.
+BATCH = 16
+# How far above the lowest worker another one may be: so many connections, or this part of them.
+SLACK = 16
+SLACK_PART = 0.02
+# Seconds until a worker without room looks again, and until one without descriptors tries again.
+LOOK_SECONDS = 0.01
+RETRY_SECONDS = 0.25
+# "Out of descriptors" is said at most this often (seconds).
+SAY_AGAIN_SECONDS = 60.0
+
+# The first descriptor that systemd hands over (SD_LISTEN_FDS_START).
+_LISTEN_FDS_START = 3
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+# The connection in question is broken, the next may be well (accept(2), "Error handling").
+_BROKEN = (
+    errno.ECONNABORTED,
+    errno.EPROTO,
+    errno.EPERM,
+    errno.ENETDOWN,
+    errno.ENOPROTOOPT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EOPNOTSUPP,
+    errno.ENETUNREACH,
+    errno.ETIMEDOUT,
+)
+
+
+def listening_sockets(
+    bind: str, port: int, environ: MutableMapping[str, str] = os.environ
+) -> list[socket.socket]:
+    """The sockets that systemd hands over, if it does, else new ones on all addresses of `bind`."""
+    sockets = _inherited_sockets(environ)
+    try:
+        # Tornado's IPv6 sockets take no IPv4; without an address it makes one of each.
+        sockets = sockets or bind_sockets(port, address="" if bind == "::" else bind, backlog=BACKLOG)
+    except OSError as error:
+        raise ConfigError([_cannot_listen(bind, port, error)]) from error
+    for sock in sockets:
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            # Accepted sockets inherit it: frames go out when they are written.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sockets
+
+
+_HINTS = {
+    errno.EADDRINUSE: "; another process has this port: stop it, or set [server] port (or PORT)",
+    errno.EACCES: "; ports below 1024 need CAP_NET_BIND_SERVICE, or set [server] port (or PORT)",
+    errno.EADDRNOTAVAIL: "; no interface here has this address: set [server] bind (or BIND)",
+}
+
+
+def _cannot_listen(bind: str, port: int, error: OSError) -> str:
+    unknown = isinstance(error, socket.gaierror)  # Its numbers are of another kind.
+    hint = "; set [server] bind (or BIND)" if unknown else _HINTS.get(error.errno or 0, "")
+    return f"cannot listen on {place(bind, port)}: {error.strerror or error}{hint}"
+
+
+def place(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """By the protocol of sd_listen_fds(3). The variables are taken away, they are not for children."""
+    pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
+    environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not count.isdecimal():
+        return []
+    sockets = []
+    for fd in range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)):
+        os.set_inheritable(fd, False)
+        sock = socket.socket(fileno=fd)
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ConfigError([f"descriptor {fd} from systemd does not listen: the unit needs Accept=no"])
+        sockets.append(sock)
+    return sockets
+
+
+class Acceptor:
+    """Takes connections off `sockets` on the running loop and hands each to `on_connection(socket, address)`.
+
+    The worker counts them on the board (`own_connections`) before `on_connection` returns. An exception
+    of it is logged and costs that connection only. The board's `accepting` is written here alone.
+    """
+
+    def __init__(
+        self,
+        sockets: Sequence[socket.socket],
+        board: Board,
+        on_connection: Callable[[socket.socket, Any], None],
+    ) -> None:
+        self._sockets = list(sockets)
+        self._board = board
+        self._on_connection = on_connection
+        self._loop = asyncio.get_running_loop()
+        # Whether the loop watches the sockets.
+        self._watching = False
+        # Runs `_look` or `_retry`; None while the sockets are watched, while paused and after `close`.
+        self._timer: asyncio.TimerHandle | None = None
+        self._said_exhausted = -SAY_AGAIN_SECONDS
+
+    def resume(self) -> None:
+        """Begin, or go on after `pause`."""
+        self._board.accepting = True
+        if not self._watching and self._timer is None:
+            self._look()
+
+    def pause(self) -> None:
+        """Take no connections; the other workers do not wait for this one."""
+        self._board.accepting = False
+        self._unwatch()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def close(self) -> None:
+        """Take no connections ever again. The sockets stay open in the other processes."""
+        self.pause()
+        for sock in self._sockets:
+            sock.close()
+        self._sockets.clear()
+
+    def _room(self) -> int:
+        """How many connections this worker may take before it is too far above the others."""
+        lowest = self._board.lowest()
+        if lowest is None:
+            return BATCH
+        slack = max(SLACK, int(lowest * SLACK_PART))
+        return lowest + slack + 1 - self._board.own_connections
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._room() > 0:
+            self._watch()
+        else:
+            self._timer = self._loop.call_later(LOOK_SECONDS, self._look)
+
+    def _watch(self) -> None:
+        if not self._watching:
+            self._watching = True
+            for sock in self._sockets:
+                self._loop.add_reader(sock.fileno(), self._accept, sock)
+
+    def _unwatch(self) -> None:
+        if self._watching:
+            self._watching = False
+            for sock in self._sockets:
+                self._loop.remove_reader(sock.fileno())
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(min(BATCH, self._room())):
+            if not self._watching:
+                return  # Paused by what a connection brought about.
+            try:
+                connection, address = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _BROKEN:
+                    continue
+                self._back_off(error)
+                return
+            try:
+                self._on_connection(connection, address)
+            except Exception:
+                connection.close()
+                logger.exception("a new connection could not be served", extra={"event": "connection_failed"})
+        if self._watching and self._room() <= 0:
+            self._unwatch()
+            self._look()
+
+    def _back_off(self, error: OSError) -> None:
+        """Leave the queue to the others for a moment; closed connections may free what is missing."""
+        self.pause()
+        self._timer = self._loop.call_later(RETRY_SECONDS, self._retry)
+        now = self._loop.time()
+        if now - self._said_exhausted < SAY_AGAIN_SECONDS:
+            return
+        self._said_exhausted = now
+        hint = ""
+        if error.errno in _EXHAUSTED:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            hint = f"; this process may have {limit} descriptors (ulimit -n, LimitNOFILE=)"
+        logger.error(
+            "no connections are taken for a moment: %s%s",
+            error.strerror or error,
+            hint,
+            extra={"event": "accept_paused"},
+        )
+
+    def _retry(self) -> None:
+        self._timer = None
+        self.resume()

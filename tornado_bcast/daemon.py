@@ -1,0 +1,369 @@
+"""The parent process: listening sockets, workers, the embedded server, and everybody's end.
+
+Owns what is made before the fork, the signals, and the clock by which it watches. It has one thread and no
+event loop, and never touches a connection or a message. `tornado.process.fork_processes` makes the workers
+and replaces dead ones; what that function leaves open is here:
+
+- A signal to the parent reaches the workers: the handlers run between two returns of its `os.wait`, and find
+  the pids on the board.
+- A clock (SIGALRM) for deadlines, for the embedded server and for workers that hang.
+- A worker that dies at once is not forked in a hot loop: its successor pauses first, longer each time.
+- No worker leaves with 0, which would end its succession, unless everything stops.
+- No orphans: the kernel kills the workers and the embedded server when the parent dies.
+
+    SIGTERM, SIGINT   stop everything; the second one at once
+    SIGHUP            replace the workers, one at a time
+"""
+
+import contextlib
+import dataclasses
+import gc
+import logging
+import os
+import random
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from tornado.process import fork_processes
+
+from .acceptor import listening_sockets, place
+from .board import Board, State
+from .brokers.embedded import EmbeddedServer, die_with_parent
+from .config import Config
+from .errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# Runs one worker in its own process until it is told to leave by SIGTERM. 0: it left as it was told;
+# anything else, or an exception, is a death.
+Serve = Callable[[Config, list[socket.socket], Board, int], int]
+
+CLOCK_SECONDS = 0.2
+# How long (seconds) the workers have to leave when everything stops; then they are killed. In the same way
+# the embedded server after them.
+STOP_SECONDS = 5.0
+# How much longer than `drain_seconds` a worker may take to leave that is replaced.
+GRACE_SECONDS = 5.0
+# A worker that is not heard for so long is reported.
+HUNG_SECONDS = 5.0
+FIRST_PAUSE_SECONDS = 0.1
+LAST_PAUSE_SECONDS = 5.0
+# With which a worker leaves that is to be replaced.
+REPLACE_EXIT = 3
+
+
+def run(config: Config, *, serve: Serve) -> int:
+    """Run the daemon until it is told to stop; the exit code, 1 if it could not start.
+
+    `serve` runs in each worker with its configuration, in which the URL of an embedded server stands in
+    place of `embedded:`, the listening sockets, the board and its index.
+    """
+    try:
+        return _Parent(config, serve).run()
+    except ConfigError as error:
+        for problem in error.problems:
+            logger.error("%s", problem, extra={"event": "start_failed"})
+        return 1
+
+
+class _Parent:
+    """See the module. In the workers it is what the fork has left them of the parent."""
+
+    def __init__(self, config: Config, serve: Serve) -> None:
+        self._config = config
+        self._serve = serve
+        self._pid = os.getpid()
+        self._sockets: list[socket.socket] = []
+        self._board = Board(config.server.workers)
+        self._embedded: EmbeddedServer | None = None
+        if config.redis.url == "embedded:":
+            self._embedded = EmbeddedServer(config.redis.data_dir, config.redis.appendfsync)
+        self._fork_log = _ForkLog(self._board)
+        # True while `_tick` runs, which a signal may interrupt.
+        self._ticking = False
+        # When everything stops: when the workers must have left, and who has been told.
+        self._stop_by = float("inf")
+        self._told: set[int] = set()
+        # Stop at once: the second signal.
+        self._hurry = False
+        # Whose turn it is to be replaced: those to come, and the present one's index, pid and last moment.
+        self._queue: list[int] = []
+        self._leaving: tuple[int, int, float] | None = None
+        # Whether a worker has served yet, and the pids that hang.
+        self._served = False
+        self._hung: set[int] = set()
+
+    def run(self) -> int:
+        server = self._config.server
+        _raise_descriptors()
+        self._sockets = listening_sockets(server.bind, server.port)
+        handlers = {
+            signal.SIGTERM: self._on_stop,
+            signal.SIGINT: self._on_stop,
+            signal.SIGHUP: self._on_hangup,
+            signal.SIGALRM: self._on_clock,
+        }
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            if self._embedded is not None:
+                if not self._embedded.start(cancelled=lambda: self._board.stopping):
+                    return 0
+                self._use_embedded(self._embedded.url)
+            signal.setitimer(signal.ITIMER_REAL, CLOCK_SECONDS, CLOCK_SECONDS)
+            self._fork()
+            logger.info("stopped", extra={"event": "stopped"})
+            return 0
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if self._embedded is not None:
+                self._embedded.stop(STOP_SECONDS)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            for sock in self._sockets:
+                sock.close()
+
+    def _use_embedded(self, url: str) -> None:
+        redis = dataclasses.replace(self._config.redis, url=url)
+        self._config = dataclasses.replace(self._config, redis=redis)
+
+    def _fork(self) -> None:
+        """Make the workers; return when all of them have left for good."""
+        if threading.active_count() > 1:
+            raise RuntimeError(f"threads before the fork: {threading.enumerate()}")
+        tornado_log = logging.getLogger("tornado.general")
+        tornado_log.addFilter(self._fork_log)
+        # What lives now is never collected, so its pages stay shared.
+        gc.collect()
+        gc.freeze()
+        try:
+            index = fork_processes(self._config.server.workers, max_restarts=sys.maxsize)
+        except SystemExit:
+            return  # So it ends in the parent.
+        except OSError as error:
+            raise ConfigError([f"no more processes can be made: {error.strerror}"]) from error
+        finally:
+            tornado_log.removeFilter(self._fork_log)
+        self._be_worker(index)
+
+    # In a worker.
+
+    def _be_worker(self, index: int) -> NoReturn:
+        """The life of a worker, from the fork to its exit. It never returns into the parent's code."""
+        code = 1
+        try:
+            code = self._work(index)
+        except ConfigError as error:
+            logger.error("worker %d: %s", index, error, extra={"event": "worker_failed"})
+        except BaseException:
+            logger.critical("worker %d failed", index, exc_info=True, extra={"event": "worker_failed"})
+        finally:
+            with contextlib.suppress(Exception):
+                logging.shutdown()
+                sys.stdout.flush()
+            os._exit(code)
+
+    def _work(self, index: int) -> int:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # A terminal sends these two to all processes; the parent tells the workers what to do.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        die_with_parent(self._pid)
+        if self._embedded is not None:
+            self._embedded.forget()
+        board = self._board
+        early_deaths = board.claim(index)
+        # From here on the parent finds this process on the board. It may have begun to stop before.
+        if early_deaths and not board.stopping:
+            _pause(index, early_deaths)
+        code = 0
+        if not board.stopping:
+            board.begin()
+            code = self._serve(self._config, self._sockets, board, index)
+        if code == 0:
+            board.release()
+            return 0 if board.stopping else REPLACE_EXIT
+        return code
+
+    # The parent's signals. The handlers run in the main thread, wherever it is.
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # In a worker that has not come to `_work` yet. It will read the board.
+        self._hurry = self._board.stopping
+        if not self._hurry:
+            self._board.stopping = True
+            self._stop_by = time.monotonic() + self._config.server.drain_delay + STOP_SECONDS
+        else:
+            self._stop_by = 0.0
+            if self._embedded is not None:
+                self._embedded.kill()
+        name = signal.Signals(number).name
+        logger.info("%s: stopping%s", name, " at once" * self._hurry, extra={"event": "stopping"})
+        self._tick()
+
+    def _on_hangup(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() == self._pid and not self._board.stopping:
+            logger.info("SIGHUP: the workers are replaced one by one", extra={"event": "replacing"})
+            self._queue = list(range(self._board.workers))
+
+    def _on_clock(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() == self._pid:
+            self._tick()
+
+    def _tick(self) -> None:
+        if self._ticking:
+            return
+        self._ticking = True
+        try:
+            now = time.monotonic()
+            if self._board.stopping:
+                self._stop_workers(now)
+            else:
+                self._replace_workers(now)
+                if self._embedded is not None:
+                    self._embedded.tend(now)
+                self._watch_workers(now)
+        except Exception:
+            # It must not end `os.wait`, and with it the parent.
+            logger.exception("an error in the clock of the parent", extra={"event": "clock_failed"})
+        finally:
+            self._ticking = False
+
+    def _stop_workers(self, now: float) -> None:
+        for index, slot in enumerate(self._board.slots()):
+            if not self._is_child(slot.pid):
+                continue
+            if now >= self._stop_by:
+                if not self._hurry:
+                    self._log_killed(index, slot.pid)
+                os.kill(slot.pid, signal.SIGKILL)
+            elif slot.pid not in self._told:
+                self._told.add(slot.pid)
+                os.kill(slot.pid, signal.SIGTERM)
+
+    def _replace_workers(self, now: float) -> None:
+        if self._leaving is None:
+            if not self._queue:
+                return
+            index = self._queue.pop(0)
+            pid = self._board.slot(index).pid
+            self._leaving = index, pid, now + self._config.server.drain_seconds + GRACE_SECONDS
+            if self._is_child(pid):
+                os.kill(pid, signal.SIGTERM)
+            return
+        index, pid, leave_by = self._leaving
+        slot = self._board.slot(index)
+        if slot.pid != pid:
+            # The next one's turn comes when the successor serves; where none does, the others stay.
+            if slot.pid and slot.state is State.SERVING:
+                self._leaving = None
+                if not self._queue:
+                    logger.info("all workers are replaced", extra={"event": "replaced"})
+        elif now > leave_by and self._is_child(pid):
+            self._log_killed(index, pid)
+            os.kill(pid, signal.SIGKILL)
+
+    def _watch_workers(self, now: float) -> None:
+        slots = [slot for slot in self._board.slots() if slot.state in (State.SERVING, State.DRAINING)]
+        if slots and not self._served:
+            self._served = True
+            self._log_serving()
+        hung = {slot.pid for slot in slots if now - slot.heartbeat > HUNG_SECONDS}
+        for pid in hung - self._hung:
+            logger.error(
+                "the worker with pid %d has not been heard for %.0f s",
+                pid,
+                HUNG_SECONDS,
+                extra={"event": "worker_hung"},
+            )
+        for pid in (self._hung - hung) & {slot.pid for slot in slots}:
+            logger.info("the worker with pid %d is heard again", pid, extra={"event": "worker_heard"})
+        self._hung = hung
+
+    @staticmethod
+    def _is_child(pid: int) -> bool:
+        """Whether this is a process of ours. What a dead worker left on the board may be another's by now."""
+        if pid == 0:
+            return False
+        try:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return False
+        return True
+
+    @staticmethod
+    def _log_killed(index: int, pid: int) -> None:
+        logger.warning(
+            "worker %d (pid %d) did not leave in time and is killed",
+            index,
+            pid,
+            extra={"event": "worker_killed"},
+        )
+
+    def _log_serving(self) -> None:
+        scheme = "https" if self._config.server.certfile else "http"
+        names = [sock.getsockname() for sock in self._sockets]
+        places = [name if isinstance(name, str) else f"{scheme}://{place(*name[:2])}" for name in names]
+        logger.info(
+            "serving %s with %d workers",
+            ", ".join(places),
+            self._board.workers,
+            extra={"event": "serving"},
+        )
+
+
+class _ForkLog(logging.Filter):
+    """Says in our words what `fork_processes` logs of each dead child; who left as told is no warning."""
+
+    def __init__(self, board: Board) -> None:
+        super().__init__()
+        self._board = board
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not (str(record.msg).startswith("child %d") and isinstance(record.args, tuple)):
+            return True
+        index, pid, code = (*record.args, 0)[:3]
+        assert isinstance(index, int)
+        if self._board.stopping:
+            return False
+        if self._board.slot(index).pid != pid:
+            logger.info(
+                "worker %d (pid %d) has left and is replaced", index, pid, extra={"event": "worker_left"}
+            )
+            return False
+        how = "was killed by signal" if "signal" in record.msg else "ended with status"
+        logger.warning(
+            "worker %d (pid %d) %s %d and is replaced", index, pid, how, code, extra={"event": "worker_died"}
+        )
+        return False
+
+
+def _pause(index: int, early_deaths: int) -> None:
+    """Hold a worker up whose predecessors died at once. SIGTERM, which kills it here, ends the pause."""
+    longest = min(LAST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(early_deaths - 1, 20))
+    seconds = longest * random.uniform(0.5, 1.0)
+    logger.warning(
+        "worker %d: %d in a row died young; pausing %.2f s",
+        index,
+        early_deaths,
+        seconds,
+        extra={"event": "worker_pausing"},
+    )
+    time.sleep(seconds)
+
+
+def _raise_descriptors() -> None:
+    """Use all the descriptors that we may have: each connection needs one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,221 @@
+"""One worker process: an event loop, its share of the connections, and an orderly end.
+
+Owns the loop, the heartbeat on the board and the sockets of the clients, each as a stream that is counted for
+as long as it is open. What a request means is the business of the application, which a factory makes here,
+after the fork.
+
+    startup    broker, node and application (the factory), then the acceptor
+    serving    until SIGTERM, which the parent sends
+    shutdown   no new connections, the application says goodbye, what is under way ends
+
+SIGTERM has one meaning: leave. Whether this worker is replaced, or everything stops, is on the board; then
+there is less time. SIGINT, which a terminal sends to all processes, and SIGHUP are for the parent alone.
+"""
+
+import asyncio
+import gc
+import logging
+import signal
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from tornado.httpserver import HTTPServer
+from tornado.httputil import HTTPServerConnectionDelegate
+from tornado.iostream import IOStream, SSLIOStream
+from tornado.netutil import ssl_wrap_socket
+
+from .acceptor import Acceptor
+from .board import Board, State
+from .config import Config
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 0.1
+# How long a worker may take to leave when everything stops (`drain_seconds` when it is replaced).
+STOP_SECONDS = 3.0
+_POLL_SECONDS = 0.02
+
+# Says goodbye to the clients and gives back what the application holds, within the given seconds.
+Close = Callable[[float], Awaitable[None]]
+MakeApplication = Callable[[Config, Board, int], Awaitable[tuple[HTTPServerConnectionDelegate, Close]]]
+
+
+def serve(
+    config: Config,
+    sockets: list[socket.socket],
+    board: Board,
+    index: int,
+    make_application: MakeApplication,
+) -> int:
+    """Run worker `index` until it is told to leave; 0. To be called in a forked process (daemon.py)."""
+    return asyncio.run(Worker(config, sockets, board, index, make_application).run())
+
+
+class Connections:
+    """The open streams of this worker, counted on the board: in all, and by the address of the peer."""
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+        self.streams: set[CountedStream] = set()
+
+    def add(self, stream: "CountedStream") -> None:
+        self.streams.add(stream)
+        self.board.own_connections = len(self.streams)
+        self.board.add_peer(stream.peer)
+
+    def remove(self, stream: "CountedStream") -> None:
+        self.streams.remove(stream)
+        self.board.own_connections = len(self.streams)
+        self.board.remove_peer(stream.peer)
+
+    def close_idle(self) -> None:
+        """Close those that wait for a request. Of others the answer is still to come or to be sent."""
+        for stream in list(self.streams):
+            if stream.reading() and not stream.writing():
+                stream.close()
+
+
+class CountedStream(IOStream):
+    """A stream that is counted from now until its socket is closed, by whomever and for whatever reason.
+
+    `close_fd` is the one place that every way of closing passes, once. A close callback would not do:
+    Tornado's HTTP code takes it away with each request, and a WebSocket leaves the HTTP server altogether.
+    """
+
+    def __init__(
+        self, connection: socket.socket, connections: Connections, peer: str, **options: Any
+    ) -> None:
+        super().__init__(connection, **options)
+        self._connections = connections
+        # The address under which it is counted.
+        self.peer = peer
+        connections.add(self)
+
+    def count_as(self, peer: str) -> None:
+        """Count it under another address, as when a trusted proxy tells whom it speaks for."""
+        if not self.closed():
+            self._connections.remove(self)
+            self.peer = peer
+            self._connections.add(self)
+
+    def close_fd(self) -> None:
+        super().close_fd()
+        self._connections.remove(self)
+
+
+class CountedSSLStream(CountedStream, SSLIOStream):
+    """The same over TLS. The handshake is part of the time that a request may take."""
+
+
+class Worker:
+    """See the module. Made in the forked process, before its loop runs."""
+
+    def __init__(
+        self,
+        config: Config,
+        sockets: list[socket.socket],
+        board: Board,
+        index: int,
+        make_application: MakeApplication,
+    ) -> None:
+        self.config = config
+        self.board = board
+        self.index = index
+        self.connections = Connections(board)
+        self._sockets = sockets
+        self._make_application = make_application
+        # These come into being in `start`.
+        self._tls: ssl.SSLContext | None = None
+        self._server: HTTPServer | None = None
+        self._acceptor: Acceptor | None = None
+        self._close_application: Close | None = None
+
+    async def run(self) -> int:
+        leave = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leave.set)
+        self._beat()
+        starting = asyncio.ensure_future(self.start())
+        told = asyncio.ensure_future(leave.wait())
+        await asyncio.wait({starting, told}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            await told
+            await self.drain()
+        else:
+            starting.cancel()
+            await asyncio.wait({starting}, timeout=STOP_SECONDS)
+        return 0
+
+    async def start(self) -> None:
+        """Build everything, then let connections in."""
+        server = self.config.server
+        if server.certfile:
+            self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            self._tls.load_cert_chain(server.certfile, server.keyfile)
+        application, self._close_application = await self._make_application(
+            self.config, self.board, self.index
+        )
+        self._server = HTTPServer(
+            application, idle_connection_timeout=self.config.limits.handshake_timeout or None
+        )
+        self._acceptor = Acceptor(self._sockets, self.board, self._serve_connection)
+        # What is here now stays; later collections need not look at it.
+        gc.collect()
+        gc.freeze()
+        self.board.state = State.SERVING
+        self._acceptor.resume()
+        logger.info("worker %d serves", self.index, extra={"event": "worker_serving"})
+
+    async def drain(self) -> None:
+        """Leave: let a load balancer notice, take no new connections, let those there are come to an end."""
+        self.board.state = State.DRAINING
+        if self.board.stopping:
+            # Nobody else takes the connections that still come, so until then this worker does.
+            await asyncio.sleep(self.config.server.drain_delay)
+        assert self._acceptor is not None and self._close_application is not None
+        self._acceptor.close()
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        closing = asyncio.ensure_future(self._close_application(self._drain_seconds()))
+        while loop.time() - begun < self._drain_seconds():
+            if closing.done():
+                self.connections.close_idle()
+                if not self.connections.streams:
+                    break
+            await asyncio.sleep(_POLL_SECONDS)
+        if not closing.done():
+            closing.cancel()
+        elif not closing.cancelled() and (error := closing.exception()) is not None:
+            logger.error(
+                "the application did not close well", exc_info=error, extra={"event": "close_failed"}
+            )
+
+    def _drain_seconds(self) -> float:
+        """How long leaving may take; it becomes shorter when, meanwhile, everything stops."""
+        seconds = self.config.server.drain_seconds
+        return min(seconds, STOP_SECONDS) if self.board.stopping else seconds
+
+    def _beat(self) -> None:
+        self.board.beat()
+        asyncio.get_running_loop().call_later(HEARTBEAT_SECONDS, self._beat)
+
+    def _serve_connection(self, connection: socket.socket, address: Any) -> None:
+        assert self._server is not None
+        # A Unix socket has no address; all of its clients count as one peer.
+        peer = address[0] if connection.family in (socket.AF_INET, socket.AF_INET6) else ""
+        stream: CountedStream
+        if self._tls is None:
+            stream = CountedStream(connection, self.connections, peer)
+        else:
+            try:
+                wrapped = ssl_wrap_socket(
+                    connection, self._tls, server_side=True, do_handshake_on_connect=False
+                )
+            except OSError:
+                # The client has gone already, or sends no TLS.
+                connection.close()
+                return
+            stream = CountedSSLStream(wrapped, self.connections, peer, ssl_options=self._tls)
+        self._server.handle_stream(stream, address)
