@@ -36,6 +36,7 @@ from tornado.process import fork_processes
 from .acceptor import listening_sockets, place
 from .board import Board, State
 from .brokers.embedded import EmbeddedServer, die_with_parent
+from .brokers.redis import check_server
 from .config import Config
 from .errors import ConfigError
 
@@ -116,6 +117,11 @@ class _Parent:
                 if not self._embedded.start(cancelled=lambda: self._board.stopping):
                     return 0
                 self._use_embedded(self._embedded.url)
+            elif not self._config.redis.url.startswith("memory:"):
+                # One that will never do is better told of now than by each worker; one that is away may come.
+                warning = check_server(self._config.redis.url)
+                if warning is not None:
+                    logger.warning("%s", warning, extra={"event": "redis_away"})
             signal.setitimer(signal.ITIMER_REAL, CLOCK_SECONDS, CLOCK_SECONDS)
             self._fork()
             logger.info("stopped", extra={"event": "stopped"})
