@@ -342,6 +342,29 @@ def test_the_last_frame_goes_whatever_the_bound() -> None:
     assert way.heard()[-1] == "last"
 
 
+@pytest.mark.parametrize("room", [1000, 4, 0])
+@pytest.mark.parametrize("direct", [True, False])
+def test_nothing_follows_the_last_frame(room: int, direct: bool) -> None:
+    way = Way(room, direct=direct)
+    way.send("a", "first")
+    way.sink.end(frame(b"last"))
+    for policy in ("disconnect", "drop_oldest", "latest", "wait"):
+        for _ in range(20):
+            assert way.send("a", "more" * 10, cast(SlowConsumer, policy))
+    way.answer("more")
+    way.sink.end(frame(b"another last"))
+    way.sink.forget()
+    way.send("a", "more")
+    heard = way.heard()
+    # What had begun, or had left before, and the last.
+    assert heard == ["first", "last"]
+    way.stream.room = 1000
+    way.send("a", "more")
+    way.answer("more")
+    assert way.heard() == heard
+    assert way.owner.slow == 0 and not way.owner.dropped and way.sink.queued == 0
+
+
 def test_forget_with_nothing_queued() -> None:
     way = Way(room=100)
     way.sink.forget()
@@ -496,7 +519,7 @@ async def test_partial_sends_keep_every_byte(direct: bool) -> None:
             pair.send("a", text)
             pair.sink.answer(frame(b"answer"))
         assert pair.sink.queued and not pair.sink.clear
-        pair.sink.end(frame(b"the end"))
+        pair.sink.answer(frame(b"the end"))
         data = await pair.read(ends("the end"))
         assert decode(data)[:-1:2] == texts
         await until(lambda: pair.owner.drained)

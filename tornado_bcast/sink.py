@@ -46,7 +46,18 @@ class _Entry:
 class Sink:
     """Sends frames to one connection. All methods are plain calls on the loop; none blocks or raises."""
 
-    __slots__ = ("_direct", "_entries", "_latest", "_limit", "_owner", "_queued", "_send", "_stream", "clear")
+    __slots__ = (
+        "_direct",
+        "_ended",
+        "_entries",
+        "_latest",
+        "_limit",
+        "_owner",
+        "_queued",
+        "_send",
+        "_stream",
+        "clear",
+    )
 
     def __init__(self, stream: IOStream, owner: SinkOwner, limit: int, *, direct: bool) -> None:
         self._stream = stream
@@ -56,6 +67,8 @@ class Sink:
         # False for TLS: every byte has to pass the stream.
         self._direct = direct
         self._send = stream.socket.send
+        # The last frame has been given: nothing may follow it (RFC 6455, section 5.5.1).
+        self._ended = False
         # Nothing is queued or being written: the next frame may go straight to the socket.
         self.clear = direct
         # Bytes accepted and not yet known to have left, those in the stream's hands included.
@@ -90,24 +103,31 @@ class Sink:
         """Send frames that are not a channel's messages, after all that is queued. Never dropped."""
         if self.clear:
             self.send("", data, (data,), "disconnect")
+        elif self._ended:
+            return
         elif self._queued + len(data) > self._limit and self._queued:
             self._owner.on_slow()
         else:
             self._append(_Entry(None, data, 0))
 
     def end(self, data: bytes) -> None:
-        """Send a last frame after all that is queued, whatever the bound."""
+        """Send a last frame after all that is queued, whatever the bound. What comes later is dropped."""
         if self.clear:
             self.send("", data, (data,), "disconnect")
-        else:
+        elif not self._ended:
             self._append(_Entry(None, data, 0))
+        self._ended = True
+        self.clear = False
 
     def forget(self) -> None:
-        """Drop what is queued. A frame that is half written is finished all the same."""
+        """Drop what is queued but for the last frame. A frame that is half written is finished all the same."""
         if self._entries:
+            last = self._entries.pop() if self._ended else None
             self._queued -= sum(len(entry.data) for entry in self._entries)
             self._entries.clear()
             self._latest = None
+            if last is not None:
+                self._entries.append(last)
 
     def _begin(self, data: bytes, sent: int) -> None:
         # A frame that has begun is finished whatever the policy says, or the stream of frames would break.
@@ -116,6 +136,8 @@ class Sink:
             self._drain()
 
     def _enqueue(self, channel: str, data: bytes, frames: Sequence[bytes], policy: SlowConsumer) -> bool:
+        if self._ended:
+            return True
         count = len(frames)
         if policy == "latest":
             self._owner_dropped(count - 1, policy)
@@ -201,7 +223,7 @@ class Sink:
         if self._queued or self._stream.closed() or self._stream.writing():
             return False
         self._entries = self._latest = None
-        self.clear = self._direct
+        self.clear = self._direct and not self._ended
         return True
 
     def _write(self, data: memoryview) -> bool:
