@@ -120,7 +120,7 @@ class Sink:
         self.clear = False
 
     def forget(self) -> None:
-        """Drop what is queued but for the last frame. A frame that is half written is finished all the same."""
+        """Drop what is queued but for the last frame. One that is half written is finished all the same."""
         if self._entries:
             last = self._entries.pop() if self._ended else None
             self._queued -= sum(len(entry.data) for entry in self._entries)

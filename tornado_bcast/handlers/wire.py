@@ -6,9 +6,11 @@ keeps its order and nothing is queued without a bound.
 """
 
 import asyncio
+import socket
+from contextlib import suppress
 from typing import Protocol
 
-from tornado.iostream import StreamClosedError
+from tornado.iostream import SSLIOStream, StreamClosedError
 from tornado.websocket import WebSocketHandler, WebSocketProtocol13, _WebSocketParams
 
 from ..frames import BINARY, CLOSE, PING, PONG, TEXT, FrameParser, ProtocolViolation, frame, is_close_code
@@ -81,9 +83,18 @@ class Wire(WebSocketProtocol13):
         # Closing a socket with unread bytes resets it, and the peer would never see the close frame.
         try:
             while not self.stream.closed():
+                self._finish_writing()
                 await self.stream.read_bytes(_CHUNK, partial=True)
         except StreamClosedError:
             pass
+
+    def _finish_writing(self) -> None:
+        # The peer's own close frame cannot be found in what still comes, so nothing else tells it that all is
+        # said; it would wait for us, and we for the timeout. TLS has no such half of an end.
+        if self._receiver.sink.queued or isinstance(self.stream, SSLIOStream):
+            return
+        with suppress(OSError):
+            self.stream.socket.shutdown(socket.SHUT_WR)
 
     def _receive(self, opcode: int, payload: bytes) -> None:
         if self.server_terminated and opcode != CLOSE:
