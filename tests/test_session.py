@@ -76,22 +76,39 @@ def test_tokens_are_refused_by_name() -> None:
     assert Client().refused(Auth("t")).code == "unauthorized"
 
 
+def no_room(client: Client, channel: str, *starting: str) -> Refusal:
+    with pytest.raises(Refusal) as caught:
+        client.session.check_room(channel, client.config.limits, set(starting))
+    return caught.value
+
+
 def test_subscriptions_are_counted() -> None:
     client = Client(limits={"max_subscriptions": "2"})
+    limits = client.config.limits
+    client.session.check_room("a", limits, set())
     client.subscribed("a", "b")
-    refusal = client.refused(Subscribe("c"))
+    refusal = no_room(client, "c")
     assert (refusal.code, refusal.channel) == ("too_many_subscriptions", "c")
     assert refusal.setting == "[limits] max_subscriptions" and "2" in refusal.message
     # One that is there may be asked for again, and one given up makes room.
-    client.receive(Subscribe("b"))
+    client.session.check_room("b", limits, {"b"})
     del client.session.subscriptions["a"]
-    client.receive(Subscribe("c"))
+    client.session.check_room("c", limits, set())
+    client.session.check_room("c", limits, {"b"})
+
+
+def test_subscriptions_on_their_way_count_once() -> None:
+    client = Client(limits={"max_subscriptions": "2"})
+    client.subscribed("a")
+    client.session.check_room("b", client.config.limits, {"a"})
+    no_room(client, "b", "c")
+    no_room(client, "b", "a", "c")
 
 
 def test_no_limit_of_subscriptions() -> None:
     client = Client(limits={"max_subscriptions": "0"})
     client.subscribed(*(f"c{number}" for number in range(500)))
-    client.receive(Subscribe("a"))
+    client.session.check_room("a", client.config.limits, {"b"})
 
 
 LIMITS = {"limits": {"rate": "10", "burst": "3"}}

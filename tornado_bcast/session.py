@@ -5,6 +5,7 @@ node's work. Times are seconds of any steady clock.
 """
 
 import secrets
+from collections.abc import Set
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -112,17 +113,7 @@ class Session:
         match command:
             case Subscribe(channel=channel):
                 self.pay(limits, now)
-                rule = rules.check_subscribe(channel)
-                if channel not in self.subscriptions and 0 < limits.max_subscriptions <= len(
-                    self.subscriptions
-                ):
-                    raise Refusal(
-                        "too_many_subscriptions",
-                        f"A connection may have {limits.max_subscriptions} subscriptions; give some up.",
-                        channel=channel,
-                        setting="[limits] max_subscriptions",
-                    )
-                return rule
+                return rules.check_subscribe(channel)
             case Unsubscribe():
                 self.pay(limits, now)
             case Broadcast(channel=channel):
@@ -134,6 +125,21 @@ class Session:
             case _:
                 pass
         return None
+
+    def check_room(self, channel: str, limits: LimitsConfig, starting: Set[str]) -> None:
+        """Refusal `too_many_subscriptions` where there is no room for another one.
+
+        `starting`: channels whose subscription is on its way; who does not wait has no more than others.
+        """
+        if channel in self.subscriptions or not limits.max_subscriptions:
+            return
+        if len(self.subscriptions.keys() | starting) >= limits.max_subscriptions:
+            raise Refusal(
+                "too_many_subscriptions",
+                f"A connection may have {limits.max_subscriptions} subscriptions; give some up.",
+                channel=channel,
+                setting="[limits] max_subscriptions",
+            )
 
     def pay(self, limits: LimitsConfig, now: float) -> None:
         """Take a token, also for a frame that cannot be read; Refusal `rate_limited` when there is none."""

@@ -49,13 +49,15 @@ class Restored(NamedTuple):
 class Subscriptions:
     """See the module. `owner.session` is there from `begin` on."""
 
-    __slots__ = ("_context", "_owner", "_waiting")
+    __slots__ = ("_context", "_owner", "_starting", "_waiting")
 
     def __init__(self, context: Context, owner: Owner) -> None:
         self._context = context
         self._owner = owner
         # Channels with a command under way, and the commands on them that came since.
         self._waiting: dict[str, list[Subscribe | Unsubscribe]] = {}
+        # Those whose command is a subscribe.
+        self._starting: set[str] = set()
 
     # Resuming
 
@@ -160,6 +162,8 @@ class Subscriptions:
         channel = command.channel
         try:
             if isinstance(command, Subscribe):
+                self._owner.session.check_room(channel, self._context.config.limits, self._starting)
+                self._starting.add(channel)
                 await self._subscribe(command)
             else:
                 await self._unsubscribe(command)
@@ -168,6 +172,7 @@ class Subscriptions:
                 self._owner.refuse_command(
                     make_refusal(error, message_id=command.message_id, channel=channel)
                 )
+        self._starting.discard(channel)
         for waiting in self._waiting.pop(channel):
             # The first of them makes the rest wait again.
             self.receive(waiting)
