@@ -1,10 +1,12 @@
-"""Clients for tests that know nothing of the package: WebSocket on `websockets`, HTTP on bare sockets."""
+"""Clients for tests that know nothing of the package: WebSocket on `websockets`, and both on bare sockets."""
 
 import asyncio
 import json
+import socket
 import ssl
 from collections.abc import Callable, Mapping
 from itertools import count
+from struct import pack
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
@@ -55,7 +57,9 @@ class Client:
         )
         self.socket: ClientConnection
         self.frames: list[Event] = []
+        # Where `next` goes on, and where `find` ended.
         self._read = 0
+        self._found = 0
         self._came = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
         # The first frame.
@@ -92,32 +96,33 @@ class Client:
 
     async def next(self, wanted: Callable[[Event], bool] = lambda event: True) -> Event:
         """The next frame that is wanted, after the last one that was returned; heartbeats are passed over."""
-        index = await self._find(self._read, lambda event: event["type"] != "ping" and wanted(event))
-        self._read = index + 1
-        return self.frames[index]
+        event = await self.find(lambda event: event["type"] != "ping" and wanted(event), self._read)
+        self._read = self._found + 1
+        return event
 
     async def ask(self, type: str, **fields: Any) -> Event:
         """Send a request and return its ack or error. What comes before it stays to be read."""
         message_id = fields.setdefault("messageId", f"ask{next(self._ids)}")
         seen = len(self.frames)
         await self.send(type=type, **fields)
-        index = await self._find(
-            seen, lambda event: event["type"] in ("ack", "error") and event.get("messageId") == message_id
+        return await self.find(
+            lambda event: event["type"] in ("ack", "error") and event.get("messageId") == message_id, seen
         )
-        return self.frames[index]
 
     async def error(self, text: str | bytes) -> Event:
         """Send a frame as it is, and return the error that comes next."""
         seen = len(self.frames)
         await self.send_text(text)
-        return self.frames[await self._find(seen, lambda event: event["type"] == "error")]
+        return await self.find(lambda event: event["type"] == "error", seen)
 
-    async def _find(self, position: int, wanted: Callable[[Event], bool]) -> int:
+    async def find(self, wanted: Callable[[Event], bool], position: int = 0) -> Event:
+        """Wait for a frame that is wanted, among all from `position` on. It stays to be read."""
         async with asyncio.timeout(PATIENCE):
             while True:
                 while position < len(self.frames):
                     if wanted(self.frames[position]):
-                        return position
+                        self._found = position
+                        return self.frames[position]
                     position += 1
                 assert self._reader is not None
                 if self._reader.done():
@@ -143,6 +148,118 @@ class Client:
         async with asyncio.timeout(seconds):
             await self.socket.wait_closed()
         return self.socket.close_code, self.socket.close_reason or ""
+
+
+def client_frame(
+    payload: bytes = b"",
+    opcode: int = 1,
+    *,
+    fin: bool = True,
+    rsv: int = 0,
+    mask: bytes | None = b"\x01\x80\xff\x00",
+    length: bytes | None = None,
+) -> bytes:
+    """A frame as a client sends it, or one that none should. `length` stands in place of the true one."""
+    first = fin << 7 | rsv << 4 | opcode
+    size = len(payload)
+    if length is None:
+        small = size if size < 126 else 126 if size < 1 << 16 else 127
+        length = bytes([small]) + (b"" if size < 126 else pack("!H" if small == 126 else "!Q", size))
+    masked = length[0] | (0x80 if mask is not None else 0)
+    key = mask or b"\x00\x00\x00\x00"
+    body = bytes(byte ^ key[index % 4] for index, byte in enumerate(payload))
+    return bytes([first, masked]) + length[1:] + (mask or b"") + body
+
+
+def handshake(host: str, path: str = "/ws", headers: Mapping[str, str | None] | None = None) -> bytes:
+    """The request of a WebSocket client. `headers` as in `http`."""
+    fields: dict[str, str | None] = {
+        "Host": host,
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+        "Sec-WebSocket-Version": "13",
+        **(headers or {}),
+    }
+    lines = [f"{name}: {value}\r\n" for name, value in fields.items() if value is not None]
+    return f"GET {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode()
+
+
+class Raw:
+    """A WebSocket connection of single frames, that reads and answers nothing unless told to.
+
+    `window`: bytes that the kernel may hold for it.
+    """
+
+    def __init__(self, url: str, *, window: int | None = None) -> None:
+        parts = urlsplit(url)
+        self._host = parts.netloc
+        self._address = (parts.hostname, parts.port)
+        self._socket = socket.socket()
+        self._socket.setblocking(False)
+        if window is not None:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
+        self._buffer = b""
+
+    async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(self._socket, self._address)
+        await loop.sock_sendall(self._socket, handshake(self._host))
+        head = await self._until(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 101"), head
+        opcode, payload = await self.frame()
+        assert opcode == 1 and json.loads(payload)["op"] == "connect"
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._socket.close()
+
+    async def send(self, data: bytes) -> None:
+        await asyncio.get_running_loop().sock_sendall(self._socket, data)
+
+    async def send_json(self, **frame: Any) -> None:
+        await self.send(client_frame(json.dumps(frame).encode()))
+
+    async def subscribe(self, channel: str) -> None:
+        await self.send_json(type="subscribe", channel=channel)
+        opcode, payload = await self.frame()
+        assert opcode == 1 and json.loads(payload)["op"] == "subscribe", payload
+
+    async def frame(self) -> tuple[int, bytes]:
+        """The next frame; ConnectionError when there is none any more."""
+        head = await self._read(2)
+        size = head[1]
+        assert head[0] & 0x70 == 0 and size < 128, "extensions and masks are not for servers"
+        if size == 126:
+            size = int.from_bytes(await self._read(2), "big")
+        elif size == 127:
+            size = int.from_bytes(await self._read(8), "big")
+        return head[0] & 0x0F, await self._read(size)
+
+    async def close_code(self) -> tuple[int, str]:
+        """Pass over everything up to the close frame; its code and reason."""
+        while (frame := await self.frame())[0] != 8:
+            pass
+        return int.from_bytes(frame[1][:2], "big"), frame[1][2:].decode()
+
+    async def _read(self, size: int) -> bytes:
+        while len(self._buffer) < size:
+            await self._receive()
+        data, self._buffer = self._buffer[:size], self._buffer[size:]
+        return data
+
+    async def _until(self, end: bytes) -> bytes:
+        while end not in self._buffer:
+            await self._receive()
+        data, _, self._buffer = self._buffer.partition(end)
+        return data
+
+    async def _receive(self) -> None:
+        async with asyncio.timeout(PATIENCE):
+            data = await asyncio.get_running_loop().sock_recv(self._socket, 1 << 16)
+        if not data:
+            raise ConnectionError("closed")
+        self._buffer += data
 
 
 class Answer(NamedTuple):

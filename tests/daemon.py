@@ -52,10 +52,11 @@ class Daemon:
             "REDIS_URL": redis,
             # So that many daemons may share a Redis and know nothing of each other.
             "BCAST_REDIS_PREFIX": f"d{os.getpid()}-{next(_prefixes)}",
-            "BCAST_REDIS_DATA_DIR": str(self.place / "redis"),
             "BCAST_LOG_FORMAT": "json",
             **variables,
         }
+        if redis == "embedded:":
+            self._variables["BCAST_REDIS_DATA_DIR"] = str(self.place / "redis")
         self.prefix = self._variables["BCAST_REDIS_PREFIX"]
         self._expected: set[str] = set()
         self._checked = 0

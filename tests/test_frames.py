@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from struct import pack
 
 import pytest
+from client import client_frame
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,27 +22,6 @@ from tornado_bcast.frames import (
 )
 
 LIMIT = 70_000
-
-
-def client_frame(
-    payload: bytes = b"",
-    opcode: int = TEXT,
-    *,
-    fin: bool = True,
-    rsv: int = 0,
-    mask: bytes | None = b"\x01\x80\xff\x00",
-    length: bytes | None = None,
-) -> bytes:
-    """A frame as a client sends it, or one that none should. `length` stands in place of the true one."""
-    first = fin << 7 | rsv << 4 | opcode
-    size = len(payload)
-    if length is None:
-        small = size if size < 126 else 126 if size < 1 << 16 else 127
-        length = bytes([small]) + (b"" if size < 126 else pack("!H" if small == 126 else "!Q", size))
-    masked = length[0] | (0x80 if mask is not None else 0)
-    key = mask or b"\x00\x00\x00\x00"
-    body = bytes(byte ^ key[index % 4] for index, byte in enumerate(payload))
-    return bytes([first, masked]) + length[1:] + (mask or b"") + body
 
 
 def read(*pieces: bytes, limit: int = LIMIT) -> list[tuple[int, bytes]]:
