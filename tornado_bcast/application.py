@@ -20,7 +20,7 @@ from .config import Config
 from .errors import CloseCode
 from .handlers import make_routes
 from .handlers.base import Connection
-from .handlers.websocket import ping_frames
+from .handlers.connection import ping_frames
 from .heartbeat import TICK, Heartbeat
 from .hub import Hub
 from .keeper import Keeper

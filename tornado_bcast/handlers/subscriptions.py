@@ -61,12 +61,10 @@ class Subscriptions:
 
     # Resuming
 
-    async def restore(self, session: Session | None) -> tuple[list[Restored], list[Refusal]]:
+    async def restore(self, session: Session) -> tuple[list[Restored], list[Refusal]]:
         """Hold the channels of a resumed session again. What the rules of now refuse is left out."""
         restored: list[Restored] = []
         refused: list[Refusal] = []
-        if session is None:
-            return restored, refused
         outcomes = await asyncio.gather(
             *(self._restore_one(channel, value) for channel, value in session.restorable.items()),
             return_exceptions=True,

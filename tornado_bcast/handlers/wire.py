@@ -1,28 +1,46 @@
-"""Tornado's WebSocket protocol with our own reader and writer of frames.
+"""From Tornado's handshake to frames: the way of bytes for one connection after its upgrade.
 
-The handshake, its checks and the closing handshake's timeout are Tornado's. Reading is done by `FrameParser`
-(stricter, and one pass for each chunk); writing goes through the connection's `Sink`, so that everything
-keeps its order and nothing is queued without a bound.
+`Handshake` is Tornado's own, but hands the stream on and keeps nothing: the request and its handler are free
+when it is done. `Wire` reads by callbacks, so that an idle connection holds no coroutine; parsing is done by
+`FrameParser`, and everything goes out through the connection's `Sink`, so that it keeps its order and nothing
+is queued without a bound.
 """
 
 import asyncio
+import logging
 import socket
-from contextlib import suppress
 from typing import Protocol
 
-from tornado.iostream import SSLIOStream, StreamClosedError
+from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
 from tornado.websocket import WebSocketHandler, WebSocketProtocol13, _WebSocketParams
 
+from ..errors import CloseCode
 from ..frames import BINARY, CLOSE, PING, PONG, TEXT, FrameParser, ProtocolViolation, frame, is_close_code
 from ..sink import Sink
 
+logger = logging.getLogger(__name__)
+
 _CHUNK = 65536
-# After so many bytes of one client in a row the others have their turn.
-_FAIR_SHARE = 16384
+# Seconds for the closing handshake; then the connection is cut.
+_CLOSE_SECONDS = 5.0
+
+
+class Handshake(WebSocketProtocol13):
+    """RFC 6455, section 4, by Tornado. `handler.open` takes the stream."""
+
+    def __init__(self, handler: WebSocketHandler) -> None:
+        super().__init__(handler, False, _WebSocketParams(compression_options=None))
+
+    def start_pinging(self) -> None:
+        """Not here: one timer serves all connections."""
+
+    async def _receive_frame_loop(self) -> None:
+        """Not here: `Wire` has the stream by now. What held the request together lets go of it."""
+        del self.handler, self.stream
 
 
 class Receiver(Protocol):
-    """The handler, as its wire sees it."""
+    """The connection, as its wire sees it."""
 
     sink: Sink
 
@@ -38,68 +56,89 @@ class Receiver(Protocol):
     def on_too_big(self) -> None:
         """A message is longer than allowed; the connection is about to be closed for it."""
 
-    def on_ws_connection_close(self, close_code: int | None, close_reason: str | None) -> None:
-        """The connection has ended."""
+    def on_close(self) -> None:
+        """The connection has ended. Told once."""
 
 
-class Wire(WebSocketProtocol13):
-    """The framing of one connection."""
+class Wire:
+    """The framing of one connection, and its closing handshake."""
 
-    def __init__(self, handler: WebSocketHandler, receiver: Receiver, max_message: int) -> None:
-        super().__init__(
-            handler, False, _WebSocketParams(max_message_size=max_message, compression_options=None)
-        )
+    __slots__ = ("_ended", "_parser", "_ping", "_receiver", "_said_close", "_stream", "_timer")
+
+    def __init__(self, stream: IOStream, receiver: Receiver, max_message: int) -> None:
+        self._stream = stream
         self._receiver = receiver
+        # None: nothing that comes is looked at any more.
+        self._parser: FrameParser | None = FrameParser(max_message)
         # The payload of the last ping that could not be answered at once (RFC 6455, section 5.5.3).
         self._ping: bytes | None = None
+        # A close frame was sent; nothing may follow it.
+        self._said_close = False
+        self._ended = False
+        self._timer: asyncio.TimerHandle | None = None
 
-    async def _receive_frame_loop(self) -> None:
-        receiver = self._receiver
-        parser = FrameParser(self.params.max_message_size)
-        share = 0
+    def start(self) -> None:
+        """Begin to read."""
         try:
-            while not self.client_terminated:
-                data = await self.stream.read_bytes(_CHUNK, partial=True)
-                receiver.on_sign_of_life()
-                for opcode, payload in parser.feed(data):
-                    self._receive(opcode, payload)
-                    if self.client_terminated:
-                        break
-                share += len(data)
-                if share >= _FAIR_SHARE:
-                    share = 0
-                    await asyncio.sleep(0)
+            data = self._stream.read_bytes(_CHUNK, partial=True)
         except StreamClosedError:
-            self._abort()
-        except ProtocolViolation as violation:
-            if violation.code == 1009:
-                receiver.on_too_big()
-            self.close(violation.code, violation.reason)
-            await self._discard()
-        finally:
-            receiver.on_ws_connection_close(self.close_code, self.close_reason)
+            self._end()
+        else:
+            data.add_done_callback(self._on_data)  # type: ignore[attr-defined]
 
-    async def _discard(self) -> None:
-        # Closing a socket with unread bytes resets it, and the peer would never see the close frame.
-        try:
-            while not self.stream.closed():
-                self._finish_writing()
-                await self.stream.read_bytes(_CHUNK, partial=True)
-        except StreamClosedError:
-            pass
+    def is_closing(self) -> bool:
+        """Whether no more can be said."""
+        return self._said_close or self._stream.closed()
 
-    def _finish_writing(self) -> None:
-        # The peer's own close frame cannot be found in what still comes, so nothing else tells it that all is
-        # said; it would wait for us, and we for the timeout. TLS has no such half of an end.
-        if self._receiver.sink.queued or isinstance(self.stream, SSLIOStream):
+    def close(self, code: int | None, reason: str = "") -> None:
+        """Say goodbye after all that is queued; the connection ends when the peer has done so too."""
+        if self._said_close:
             return
-        with suppress(OSError):
-            self.stream.socket.shutdown(socket.SHUT_WR)
+        self._said_close = True
+        payload = b"" if code is None else code.to_bytes(2, "big") + reason.encode()
+        self._receiver.sink.end(frame(payload, CLOSE))
+        self._timer = asyncio.get_running_loop().call_later(_CLOSE_SECONDS, self._stream.close)
+
+    def on_drained(self) -> None:
+        """The queue has emptied: an answer to a ping may follow, or the end."""
+        if self._ping is not None and not self._said_close:
+            payload, self._ping = self._ping, None
+            self._receiver.sink.answer(frame(payload, PONG))
+        if self._said_close and self._parser is None:
+            self._hang_up()
+
+    def _on_data(self, data: "asyncio.Future[bytes]") -> None:
+        try:
+            chunk = data.result()
+        except StreamClosedError:
+            self._end()
+            return
+        receiver = self._receiver
+        receiver.on_sign_of_life()
+        if self._parser is not None:
+            try:
+                for opcode, payload in self._parser.feed(chunk):
+                    self._receive(opcode, payload)
+            except ProtocolViolation as violation:
+                self._parser = None
+                if violation.code == CloseCode.TOO_BIG:
+                    receiver.on_too_big()
+                self.close(violation.code, violation.reason)
+                self._finish()
+            except Exception:
+                logger.exception("unexpected error on a connection", extra={"event": "internal_error"})
+                self._parser = None
+                self.close(1011, "internal error")
+                self._finish()
+        self.start()
 
     def _receive(self, opcode: int, payload: bytes) -> None:
-        if self.server_terminated and opcode != CLOSE:
-            return
-        if opcode == TEXT:
+        if opcode == CLOSE:
+            self._receive_close(payload)
+        elif self._said_close:
+            # Said before our goodbye was heard.
+            pass
+        elif opcode == TEXT:
             try:
                 text = payload.decode()
             except UnicodeDecodeError:
@@ -112,31 +151,40 @@ class Wire(WebSocketProtocol13):
                 self._ping = payload
             else:
                 self._receiver.sink.answer(frame(payload, PONG))
-        elif opcode == CLOSE:
-            self._receive_close(payload)
 
     def _receive_close(self, payload: bytes) -> None:
+        code = None
         if payload:
             code = int.from_bytes(payload[:2], "big")
             try:
-                reason = payload[2:].decode()
+                payload[2:].decode()
             except UnicodeDecodeError:
-                raise ProtocolViolation(1002, "a close reason must be UTF-8") from None
+                raise ProtocolViolation(1007, "a close reason must be UTF-8") from None
             if len(payload) == 1 or not is_close_code(code):
                 raise ProtocolViolation(1002, "not a close code that a peer may send")
-            self.close_code, self.close_reason = code, reason
-        self.client_terminated = True
-        self.close(self.close_code)
+        self._parser = None
+        self.close(code)
+        self._finish()
 
-    def pong(self) -> None:
-        """Answer a ping that had to wait for the queue."""
-        if self._ping is not None and not self.server_terminated:
-            payload, self._ping = self._ping, None
-            self._receiver.sink.answer(frame(payload, PONG))
+    def _finish(self) -> None:
+        """Nothing is expected of the peer any more: hang up when the last frame has left."""
+        if not self._receiver.sink.queued:
+            self._hang_up()
 
-    def _write_frame(self, fin: bool, opcode: int, data: bytes, flags: int = 0) -> "asyncio.Future[None]":
-        # Only Tornado's own close frame comes this way.
-        self._receiver.sink.end(frame(data, opcode))
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        return done
+    def _hang_up(self) -> None:
+        # Closing a socket with unread bytes resets it, and the peer might never see the last frame: so only
+        # our half is closed, and what still comes is read away until the peer hangs up or the time is over.
+        if isinstance(self._stream, SSLIOStream):
+            self._stream.close()
+            return
+        try:
+            self._stream.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._stream.close()
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            if self._timer is not None:
+                self._timer.cancel()
+            self._receiver.on_close()
