@@ -558,7 +558,7 @@ async def test_an_error_names_its_request(daemon: Daemon) -> None:
         (client_frame(b"x", fin=False) + client_frame(b"y"), 1002),
         (client_frame(b"\x03", 8), 1002),
         (client_frame(b"\x03\xed", 8), 1002),
-        (client_frame(b"\x03\xe8\xff", 8), 1002),
+        (client_frame(b"\x03\xe8\xff", 8), 1007),
         (client_frame(length=b"\x7f" + b"\x00" * 4 + b"\xff" * 4), 1009),
         (client_frame(b"\x03\xe8bye", 8), 1000),
         (client_frame(b"\x0f\xa0", 8), 4000),
