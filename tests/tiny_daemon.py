@@ -2,8 +2,9 @@
 
     python tests/tiny_daemon.py '{"server": {"workers": "2", "port": "0"}}' DIRECTORY
 
-The first argument has the keys that differ from the defaults. Files in DIRECTORY make new workers misbehave:
-`slow` (they take as many seconds to start as stand in it), `crash` (they die at once).
+The first argument has the keys that differ from the defaults, and under `constants` names of daemon.py with
+other values. Files in DIRECTORY make new workers misbehave: `slow` (they take as many seconds to start as
+stand in it), `crash` (they die at once).
 """
 
 import asyncio
@@ -13,16 +14,14 @@ import logging
 import os
 import socket
 import sys
-import time
 from pathlib import Path
 
 from tornado.web import Application, RequestHandler
 from tornado.websocket import WebSocketHandler
 
-from tornado_bcast import logs, worker
+from tornado_bcast import daemon, logs, worker
 from tornado_bcast.board import Board
 from tornado_bcast.config import Config, default_config
-from tornado_bcast.daemon import run
 
 
 class Main(RequestHandler):
@@ -68,7 +67,7 @@ async def make_application(
     if (directory / "crash").exists():
         os._exit(9)
     if (directory / "slow").exists():
-        time.sleep(float((directory / "slow").read_text()))
+        await asyncio.sleep(float((directory / "slow").read_text()))
     clients: set[Echo] = set()
     routes = [("/", Main), ("/slots", Slots), ("/redis", RedisUrl), ("/hang", Hang), ("/ws", Echo)]
     application = Application(
@@ -90,8 +89,12 @@ def serve(directory: Path, config: Config, sockets: list[socket.socket], board: 
 def main() -> int:
     logs.configure("json", "INFO")
     logging.getLogger("tornado_bcast").info("hello", extra={"event": "hello"})
-    config = default_config(**json.loads(sys.argv[1]))
-    return run(config, serve=functools.partial(serve, Path(sys.argv[2])))
+    sections = json.loads(sys.argv[1])
+    for name, value in sections.pop("constants", {}).items():
+        assert hasattr(daemon, name)
+        setattr(daemon, name, value)
+    config = default_config(**sections)
+    return daemon.run(config, serve=functools.partial(serve, Path(sys.argv[2])))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,6 @@ import socket
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
-from tornado.netutil import bind_sockets
-
 from .board import Board
 from .errors import ConfigError
 
@@ -61,8 +59,7 @@ def listening_sockets(
     """The sockets that systemd hands over, if it does, else new ones on all addresses of `bind`."""
     sockets = _inherited_sockets(environ)
     try:
-        # Tornado's IPv6 sockets take no IPv4; without an address it makes one of each.
-        sockets = sockets or bind_sockets(port, address="" if bind == "::" else bind, backlog=BACKLOG)
+        sockets = sockets or _bind(bind, port)
     except OSError as error:
         raise ConfigError([_cannot_listen(bind, port, error)]) from error
     for sock in sockets:
@@ -70,6 +67,32 @@ def listening_sockets(
         if sock.family != socket.AF_UNIX:
             # Accepted sockets inherit it: frames go out when they are written.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sockets
+
+
+def _bind(bind: str, port: int) -> list[socket.socket]:
+    """One socket for each address. Tornado's `bind_sockets` leaves open what it has when another fails."""
+    # An IPv6 socket takes no IPv4 here; for `::`, which means both, there are two.
+    host = None if bind == "::" else bind
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    missing: OSError | None = None
+    # IPv4 first; the same port for all, also when the kernel chooses it.
+    for family, address in sorted({(row[0], row[4]) for row in found}):
+        number = sockets[0].getsockname()[1] if sockets else port
+        try:
+            sockets.append(
+                socket.create_server((address[0], number, *address[2:]), family=family, backlog=BACKLOG)
+            )
+        except OSError as error:
+            if family == socket.AF_INET6 and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                missing = error  # IPv6 may be switched off, though names resolve to it.
+                continue
+            for sock in sockets:
+                sock.close()
+            raise
+    if missing is not None and not sockets:
+        raise missing
     return sockets
 
 
@@ -83,7 +106,8 @@ _HINTS = {
 def _cannot_listen(bind: str, port: int, error: OSError) -> str:
     unknown = isinstance(error, socket.gaierror)  # Its numbers are of another kind.
     hint = "; set [server] bind (or BIND)" if unknown else _HINTS.get(error.errno or 0, "")
-    return f"cannot listen on {place(bind, port)}: {error.strerror or error}{hint}"
+    reason = error.strerror if unknown else os.strerror(error.errno or 0)
+    return f"cannot listen on {place(bind, port)}: {reason}{hint}"
 
 
 def place(host: str, port: int) -> str:
