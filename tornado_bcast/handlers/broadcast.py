@@ -42,7 +42,7 @@ class BroadcastHandler(BaseHandler):
         self.request.connection.set_max_body_size(self._limit + 1)  # type: ignore[union-attr]
 
     def data_received(self, chunk: bytes) -> None:
-        if self._finished:
+        if self._finished or self.request.method != "POST":
             return
         self._body += chunk
         if len(self._body) > self._limit:
