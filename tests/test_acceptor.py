@@ -17,6 +17,7 @@ from tornado_bcast import acceptor as module
 from tornado_bcast.acceptor import BATCH, SLACK, Acceptor, listening_sockets
 from tornado_bcast.board import Board, State
 from tornado_bcast.errors import ConfigError
+from tornado_bcast.worker import Connections, CountedStream
 
 
 class Bench:
@@ -289,6 +290,25 @@ def test_broken_connections_are_passed_over(
     run(test)
     # What nobody foresaw is no reason for a hot loop.
     assert [record.__dict__["event"] for record in caplog.records] == ["accept_paused"]
+
+
+def test_a_stream_is_counted_under_one_address_until_it_is_closed() -> None:
+    async def main() -> None:
+        board = Board(1)
+        board.claim(0)
+        connections = Connections(board)
+        pair = socket.socketpair()
+        stream = CountedStream(pair[0], connections, "192.0.2.1")
+        stream.count_as("192.0.2.2")
+        assert (board.own_connections, board.peers("192.0.2.1"), board.peers("192.0.2.2")) == (1, 0, 1)
+        pair[1].close()
+        stream.close()
+        stream.close()
+        stream.count_as("192.0.2.1")
+        assert (board.own_connections, board.peers("192.0.2.1"), board.peers("192.0.2.2")) == (0, 0, 0)
+        assert not connections.streams
+
+    asyncio.run(main())
 
 
 def test_listening_on_both_families_with_one_port() -> None:

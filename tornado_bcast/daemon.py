@@ -298,8 +298,8 @@ class _Parent:
     @staticmethod
     def _is_child(pid: int) -> bool:
         """Whether this is a process of ours. What a dead worker left on the board may be another's by now."""
-        if pid == 0:
-            return False
+        if pid == 0 or not hasattr(os, "waitid"):  # Python 3.11 and 3.12 have none on macOS.
+            return pid > 0
         try:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:

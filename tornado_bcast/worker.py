@@ -101,8 +101,10 @@ class CountedStream(IOStream):
             self._connections.add(self)
 
     def close_fd(self) -> None:
-        super().close_fd()
-        self._connections.remove(self)
+        try:
+            super().close_fd()
+        finally:
+            self._connections.remove(self)
 
 
 class CountedSSLStream(CountedStream, SSLIOStream):
