@@ -195,6 +195,8 @@ class Subscriptions:
                 node.leave(topic)
             else:
                 self._owner.session.subscriptions[channel] = old
+                if self._owner.closed:
+                    self._let_go(old)
             raise
         if self._owner.closed:
             # `on_close` has given back what was attached, and this was not.
@@ -261,10 +263,11 @@ class Subscriptions:
         return subscriber
 
     def _let_go(self, subscription: Subscription) -> None:
-        """Give back what a subscription holds, if it has come to that."""
-        if subscription.held is not None:
-            self._context.node.dispatch.detach(subscription.held)
-            self._context.node.leave(subscription.held.topic)
+        """Give back what a subscription holds, if it holds anything: once, whoever comes first."""
+        held, subscription.held = subscription.held, None
+        if held is not None:
+            self._context.node.dispatch.detach(held)
+            self._context.node.leave(held.topic)
 
     def _note_position(self, channel: str) -> None:
         """An acked position has moved: it is saved within a few seconds."""
