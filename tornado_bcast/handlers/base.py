@@ -249,6 +249,8 @@ class BaseHandler(RequestHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Tornado's way to say that something went wrong, in our form and without anything of the inside."""
+        if status_code == 405:
+            self.set_header("Allow", ", ".join(self._methods()))
         code = _CODES.get(status_code, "bad_message" if status_code < 500 else "internal")
         message = {
             400: "The request cannot be understood.",
@@ -258,6 +260,11 @@ class BaseHandler(RequestHandler):
             413: "The request is too large; see [limits] max_message_bytes.",
         }.get(status_code, "Something went wrong on the server; its log says what.")
         self.finish_error(status_code, code, message)
+
+    def _methods(self) -> list[str]:
+        """The methods that this handler has (RFC 9110, section 15.5.6)."""
+        missing = RequestHandler._unimplemented_method
+        return [name for name in self.SUPPORTED_METHODS if getattr(type(self), name.lower()) is not missing]
 
     def log_exception(
         self,

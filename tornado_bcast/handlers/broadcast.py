@@ -14,6 +14,9 @@ from .base import BaseHandler, new_id, now_ms
 MAX_ITEMS = 1000
 # A body may be as large as so many of the largest messages.
 _BODY_MESSAGES = 64
+# One that is up to so many times as large is read and dropped before it is refused: most clients look for an
+# answer only when they have sent everything. A larger one is cut off.
+_DISCARDED = 4
 # What type, id and timestamp add to a message beside its channel and data.
 _ENVELOPE = 256
 
@@ -30,22 +33,29 @@ class BroadcastHandler(BaseHandler):
         if self._finished or self.request.method != "POST":
             return
         self._body = bytearray()
+        # Bytes of the body so far, and how many of them may be a body.
+        self._size = 0
         self._limit = _BODY_MESSAGES * self.context.config.limits.max_message_bytes
         try:
             # Before the body: who may not publish need not send it.
             self.authorize()
-            if int(self.request.headers.get("Content-Length", "0")) > self._limit:
-                raise self._too_large()
         except Refusal as refusal:
             self._refuse_early(refusal)
             return
-        self.request.connection.set_max_body_size(self._limit + 1)  # type: ignore[union-attr]
+        if _content_length(self.request.headers.get("Content-Length", "")) > _DISCARDED * self._limit:
+            self._refuse_early(self._too_large())
+            return
+        self.request.connection.set_max_body_size(2 * _DISCARDED * self._limit)  # type: ignore[union-attr]
 
     def data_received(self, chunk: bytes) -> None:
         if self._finished or self.request.method != "POST":
             return
-        self._body += chunk
-        if len(self._body) > self._limit:
+        self._size += len(chunk)
+        if self._size <= self._limit:
+            self._body += chunk
+            return
+        self._body.clear()
+        if self._size > _DISCARDED * self._limit:
             self._refuse_early(self._too_large())
 
     def _too_large(self) -> Refusal:
@@ -62,10 +72,12 @@ class BroadcastHandler(BaseHandler):
 
     async def post(self) -> None:
         try:
+            if self._size > self._limit:
+                raise self._too_large()
             items = self._items()
             self.check_http_rate(len(items))
         except Refusal as refusal:
-            self.refuse(refusal, kind="limit" if refusal.code == "rate_limited" else "rule")
+            self.refuse(refusal, kind="limit" if refusal.code in ("rate_limited", "too_large") else "rule")
             return
         # All are handed to the broker in one turn of the loop, so their order is kept.
         fates = [item if isinstance(item, Refusal) else self._publish(item) for item in items]
@@ -169,6 +181,14 @@ class BroadcastHandler(BaseHandler):
             "duplicate": receipt.duplicate or None,
         }
         return {name: value for name, value in result.items() if value is not None}
+
+
+def _content_length(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        # There is none, or Tornado will refuse it.
+        return 0
 
 
 def _error(refusal: Refusal) -> dict[str, Any]:

@@ -48,6 +48,10 @@ class HealthHandler(BaseHandler):
             self.set_status(503)
         self.finish_json(body)
 
+    async def head(self, kind: str | None = None) -> None:
+        """The same for monitors that want the status alone."""
+        await self.get(kind)
+
 
 class OperatorHandler(BaseHandler):
     """Entrances that ask for an API key."""

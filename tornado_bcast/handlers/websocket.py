@@ -5,7 +5,6 @@ The only WebSocket handler. It lives as long as the handshake; the connection is
 
 from importlib.resources import files
 
-from tornado.web import HTTPError
 from tornado.websocket import WebSocketHandler
 
 from ..errors import Refusal
@@ -97,11 +96,3 @@ class SocketHandler(BaseHandler, WebSocketHandler):
             if name.strip().startswith(_SESSION_PREFIX):
                 return name.strip().removeprefix(_SESSION_PREFIX)
         return self.get_query_argument("session", None)
-
-    def write_error(self, status_code: int, **kwargs: object) -> None:
-        if status_code == 405:
-            self.set_header("Allow", "GET, OPTIONS")
-        super().write_error(status_code, **kwargs)
-
-    def head(self, *args: str) -> None:
-        raise HTTPError(405)
