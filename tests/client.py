@@ -4,19 +4,30 @@ import asyncio
 import json
 import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from itertools import count
 from struct import pack
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 from urllib.parse import urlsplit
 
 import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
+T = TypeVar("T")
 Event = dict[str, Any]
 
 # Seconds that a test waits for something that must come.
 PATIENCE = 10.0
+
+
+async def eventually(
+    ask: Callable[[], Awaitable[T]], wanted: Callable[[T], Any], seconds: float = PATIENCE
+) -> T:
+    """Ask again and again until the answer is the wanted one."""
+    async with asyncio.timeout(seconds):
+        while not wanted(answer := await ask()):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    return answer
 
 
 class Client:
