@@ -5,13 +5,16 @@ the node's head, the place up to which every message has been seen without a hol
 message is the next one.
 """
 
-import asyncio
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from .brokers import BusMessage, History
 from .config import ChannelRule
 from .delivery import Delivery
 from .sink import Sink
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class Topic:
