@@ -204,7 +204,9 @@ class Subscriptions:
             else:
                 self._let_go(old)
             return
-        # From here on in one turn of the loop, so without a gap or an overlap.
+        # From here on in one turn of the loop, so without a gap or an overlap. What has gathered in this turn
+        # goes out before: the old subscription stands where it has been written to.
+        node.dispatch.flush(topic)
         if not _wants_place(command):
             subscription.delivery = self._place(command, topic, old, topic.seq, recovered).delivery
         if old is not None:
