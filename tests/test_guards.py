@@ -173,6 +173,11 @@ class TestModules:
         for name, tree in modules().items():
             assert ast.get_docstring(tree), name
 
+    def test_documents_that_are_named_exist(self) -> None:
+        for path in [*PACKAGE.rglob("*.py"), PACKAGE / "page.html"]:
+            for name in re.findall(r"\bdocs/[\w.-]+\.(?:md|yaml)", path.read_text()):
+                assert (ROOT / name).exists(), f"{path}: {name}"
+
     def test_versions_agree(self) -> None:
         assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__
         for name in ("openapi", "asyncapi"):
