@@ -210,7 +210,7 @@ class Dispatch:
         topic = subscriber.topic
         lost = not history.continues(delivery.epoch, delivery.cursor)
         if lost:
-            self.lose(subscriber, delivery, history)
+            self.lose(subscriber, history)
         frames: list[bytes] = []
         size = 0
         redelivered = 0
@@ -243,11 +243,17 @@ class Dispatch:
             return
         self.advance(subscriber)
 
-    def lose(self, subscriber: Subscriber, delivery: Delivery, history: History) -> None:
-        """Tell a subscriber of a gap that cannot be filled, and go on with the oldest message left."""
-        start = history.first - 1
-        delivery.lose(history.epoch, start)
-        subscriber.on_lost(subscriber.topic.channel, history.epoch, start)
+    def lose(self, subscriber: Subscriber, history: History) -> None:
+        """Tell a subscriber of a gap that cannot be filled, and go on with the oldest message left.
+
+        This node has taken over the line of numbers of `history`; of what it has not heard yet, nothing is
+        lost to those who stand at its head.
+        """
+        topic, delivery = subscriber.topic, subscriber.delivery
+        assert delivery is not None
+        start = min(history.first - 1, topic.seq)
+        delivery.lose(topic.epoch, start)
+        subscriber.on_lost(topic.channel, topic.epoch, start)
 
     def _watch(self, subscriber: Subscriber) -> None:
         """See to it that the wheel comes by when the subscriber's acks are due."""

@@ -88,6 +88,12 @@ class Topic:
         self.ends = history.ends
         self.seq = self.flushed = seq
 
+    def shared(self, history: History) -> int:
+        """The last seq up to which this line of numbers and the one that a read has shown are the same."""
+        here = {**self.ends, self.epoch: self.seq}
+        there = {**history.ends, history.epoch: history.seq}
+        return max((min(here[epoch], there[epoch]) for epoch in here.keys() & there.keys()), default=0)
+
     def is_caught_up(self, history: History) -> bool:
         """Whether a read has shown everything, also what was dropped while it was under way.
 
