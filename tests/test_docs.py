@@ -101,7 +101,7 @@ def test_the_commands_of_the_readme(daemon: Daemon) -> None:
     # As cron reads it: five fields, then a command in which a percent sign is escaped.
     command = re.sub(r"^(\S+ ){5}", "", cron).replace(r"\%", "%")
     printed = shell(command, daemon)
-    assert is_like('{"results":[{"channel":"news","messageId":"cpu-..."}]}', printed), printed
+    assert is_like('{"results":[{"channel":"news","messageId":"tick-..."}]}', printed), printed
     (publish,) = [line for line in lines if "publish" in line]
     printed = shell(publish.removeprefix(".venv/bin/"), daemon)
     assert is_like('{"channel": "news", "messageId": "..."}', printed), printed
