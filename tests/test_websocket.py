@@ -619,6 +619,45 @@ async def test_what_is_too_big_ends_the_connection(strict: Daemon, sent: str) ->
         assert (await client.closed())[0] == 1009
 
 
+@asynchronous
+async def test_clients_that_vanish(daemon: Daemon) -> None:
+    """In the middle of whatever: nothing is left of them, and nobody is disturbed (the fixture looks)."""
+
+    async def vanish(number: int, publisher: Client) -> None:
+        raw = Raw(daemon.ws_url, window=4096)
+        async with raw:
+            if number % 5 == 1:
+                await raw.send(client_frame(b"x" * 1000)[:-7])
+            elif number % 5 == 2:
+                await raw.send_json(type="subscribe", channel="vanish")
+            elif number % 5 == 3:
+                await raw.subscribe("vanish")
+                for _ in range(20):
+                    await raw.send_json(type="broadcast", channel="vanish", data="x" * 5000)
+            elif number % 5 == 4:
+                await raw.subscribe("vanish")
+                await raw.send(client_frame(b"\x03\xe8", 8))
+            await publisher.ask("broadcast", channel="vanish", data=number)
+            if number % 2:
+                # The kernel answers what still comes by a reset.
+                raw.abort()
+
+    async def totals() -> dict[str, int]:
+        found: dict[str, int] = (await http(daemon.url, "GET", "/stats")).json["totals"]
+        return found
+
+    async with Client(daemon.ws_url) as listener, Client(daemon.ws_url) as publisher:
+        await listener.ask("subscribe", channel="vanish")
+        for start in range(0, 60, 20):
+            await asyncio.gather(*(vanish(number, publisher) for number in range(start, start + 20)))
+        await publisher.ask("broadcast", channel="vanish", data="end")
+        heard: list[Any] = []
+        while heard[-1:] != ["end"]:
+            heard += await listener.messages(1)
+        assert sorted(each for each in heard if isinstance(each, int)) == list(range(60))
+        await eventually(totals, lambda found: (found["connections"], found["subscriptions"]) == (2, 1))
+
+
 # Limits
 
 

@@ -263,6 +263,39 @@ async def test_redis_stays_away(own_redis: RedisServer) -> None:
 
 
 @asynchronous
+async def test_who_goes_while_redis_is_away(own_redis: RedisServer) -> None:
+    """Before the answer: nothing is left of them, and the log says nothing of it."""
+    with Daemon(redis=own_redis.url, BCAST_REDIS_PUBLISH_TIMEOUT="1s") as daemon:
+        daemon.expect("redis_down")
+        own_redis.stop()
+        await eventually(lambda: health(daemon), lambda status: status == 503)
+        body = b'{"channel": "gone", "data": 1}'
+        head = b"POST /broadcast HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+        for _ in range(5):
+            _, writer = await asyncio.open_connection("127.0.0.1", daemon.port)
+            writer.write(head + body)
+            await writer.drain()
+            writer.close()
+            async with Client(daemon.ws_url) as client:
+                await client.send(type="subscribe", channel="gone")
+                await client.send(type="broadcast", channel="gone", data=1)
+                await client.send(type="unsubscribe", channel="gone")
+        # When all of them have been given up.
+        async with Client(daemon.ws_url) as client:
+            assert (await client.ask("broadcast", channel="gone", data=1))["code"] == "unavailable"
+        own_redis.start()
+        await eventually(lambda: health(daemon), lambda status: status == 200)
+
+        async def totals() -> Any:
+            return (await http(daemon.url, "GET", "/stats")).json["totals"]
+
+        def is_empty(found: Any) -> bool:
+            return not (found["connections"] or found["subscriptions"] or found["channels"])
+
+        await eventually(totals, is_empty)
+
+
+@asynchronous
 async def test_the_embedded_server_comes_back() -> None:
     with Daemon(workers=2, redis="embedded:") as daemon:
         daemon.expect("redis_down", "embedded_dead")
