@@ -137,7 +137,11 @@ class Node:
 
     def on_gap(self, channels: list[str]) -> None:
         topics = [topic for name in channels if (topic := self._topics.get(name)) is not None]
-        self._spawn(self._check_heads([topic for topic in topics if topic.rule.persistent and topic.epoch]))
+        for topic in topics:
+            if topic.filling is not None:
+                # What is being read may be of before the gap.
+                topic.doubt()
+        self._spawn(self._check_heads([topic for topic in topics if topic.rule.persistent]))
 
     # Interest
 
@@ -209,7 +213,7 @@ class Node:
         return oldest, False
 
     async def _caught_up(self, topic: Topic) -> None:
-        self._fill_soon(topic)
+        self._fill_again(topic)
         assert topic.filling is not None
         done, _ = await asyncio.wait({topic.filling}, timeout=self._join_timeout)
         if not done:
@@ -219,8 +223,14 @@ class Node:
 
     def _fill_soon(self, topic: Topic) -> None:
         """Read what this node has missed, unless that is under way."""
-        if topic.filling is None and topic.users:
+        under_way = topic.filling is not None and not topic.filling.done()
+        if not under_way and self._topics.get(topic.channel) is topic:
             topic.filling = self._spawn(self._fill(topic))
+
+    def _fill_again(self, topic: Topic) -> None:
+        """The same, but what is being read already does not count."""
+        topic.doubt()
+        self._fill_soon(topic)
 
     async def _fill(self, topic: Topic) -> None:
         """Read the stream until the node's head has caught up; at the first time, only where it stands."""
@@ -255,15 +265,20 @@ class Node:
                     dispatch.gather(topic, message)
             dispatch.flush(topic)
         else:
-            live = list(topic.live.values())
+            shared = topic.shared(history)
+            for subscriber in list(topic.live.values()):
+                dispatch.fall_behind(subscriber)
+            topic.adopt(history, history.seq)
+            # Who is behind and has seen nothing that is gone goes on; should what it needs be trimmed away,
+            # reading tells.
+            lost = [one for one in topic.behind.values() if one.delivery and one.delivery.sent > shared]
             logger.warning(
-                "history of a channel was lost; %d live subscribers are told",
-                len(live),
+                "history of a channel was lost; %d subscribers are told",
+                len(lost),
                 extra={"event": "history_lost", "channel": topic.channel},
             )
-            for subscriber in live:
-                dispatch.lose(subscriber, dispatch.fall_behind(subscriber), history)
-            topic.adopt(history, history.seq)
+            for subscriber in lost:
+                dispatch.lose(subscriber, history)
 
     async def _check_heads(self, topics: list[Topic]) -> None:
         """Compare heads with the broker's, and fill where a message was missed, or Redis has lost some."""
@@ -279,7 +294,7 @@ class Node:
                 head = heads.get(topic.channel)
                 # Where the heads are not to be had, filling is what goes on asking.
                 if head is None or head.epoch != topic.epoch or not seq <= head.seq <= topic.seq:
-                    self._fill_soon(topic)
+                    self._fill_again(topic)
 
     # Timers
 

@@ -5,13 +5,16 @@ the node's head, the place up to which every message has been seen without a hol
 message is the next one.
 """
 
-import asyncio
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from .brokers import BusMessage, History
 from .config import ChannelRule
 from .delivery import Delivery
 from .sink import Sink
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class Topic:
@@ -85,6 +88,16 @@ class Topic:
         self.ends = history.ends
         self.seq = self.flushed = seq
 
+    def shared(self, history: History) -> int:
+        """The last seq up to which this line of numbers and the one that a read has shown are the same."""
+        here = {**self.ends, self.epoch: self.seq}
+        there = {**history.ends, history.epoch: history.seq}
+        return max((min(here[epoch], there[epoch]) for epoch in here.keys() & there.keys()), default=0)
+
+    def doubt(self) -> None:
+        """Messages may have been missed: what was read before now does not show that this node has all."""
+        self.heard = ("", 0)
+
     def is_caught_up(self, history: History) -> bool:
         """Whether a read has shown everything, also what was dropped while it was under way.
 
@@ -102,7 +115,7 @@ class Topic:
 class Subscriber:
     """One connection's subscription to a channel, as the node sees it. `delivery` None: not persistent."""
 
-    __slots__ = ("closed", "delivery", "on_lost", "on_overdue", "reading", "sink", "topic", "watched")
+    __slots__ = ("closed", "delivery", "on_lost", "on_overdue", "reading", "sink", "slot", "topic")
 
     def __init__(
         self,
@@ -121,6 +134,6 @@ class Subscriber:
         self.on_overdue = on_overdue
         # A piece of the stream is being read for it.
         self.reading = False
-        # It stands on the wheel.
-        self.watched = False
+        # Its place on the wheel; None while it is not there.
+        self.slot: int | None = None
         self.closed = False

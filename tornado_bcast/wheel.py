@@ -17,9 +17,13 @@ class Wheel(Generic[Item]):
         # The last slot that was emptied; what is overdue already goes into the next one.
         self._turned = -1
 
+    def slot(self, due: float) -> int:
+        """Where an item with this due time stands: the earlier, the lower."""
+        return max(int(due / self._tick) + 1, self._turned + 1)
+
     def add(self, item: Item, due: float) -> int:
         """Put an item in; the slot returned takes it out again by `discard`."""
-        slot = max(int(due / self._tick) + 1, self._turned + 1)
+        slot = self.slot(due)
         self._slots.setdefault(slot, {})[item] = None
         return slot
 

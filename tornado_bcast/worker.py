@@ -36,6 +36,8 @@ HEARTBEAT_SECONDS = 0.1
 # How long a worker may take to leave when everything stops (`drain_seconds` when it is replaced).
 STOP_SECONDS = 3.0
 _POLL_SECONDS = 0.02
+# Bytes; Tornado's default of 100 MB would be buffered for everybody who sends them.
+_MAX_BODY = 64 * 1024
 
 # Says goodbye to the clients and gives back what the application holds, within the given seconds.
 Close = Callable[[float], Awaitable[None]]
@@ -159,8 +161,13 @@ class Worker:
         application, self._close_application = await self._make_application(
             self.config, self.board, self.index
         )
+        patience = self.config.limits.handshake_timeout or None
         self._server = HTTPServer(
-            application, idle_connection_timeout=self.config.limits.handshake_timeout or None
+            application,
+            idle_connection_timeout=patience,
+            # Handlers that have a use for a body set their own bound.
+            max_body_size=_MAX_BODY,
+            body_timeout=patience,
         )
         self._acceptor = Acceptor(self._sockets, self.board, self._serve_connection)
         # What is here now stays; later collections need not look at it.

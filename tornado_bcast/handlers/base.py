@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Coroutine
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from tornado.httputil import HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler
@@ -45,7 +45,7 @@ class Context(Protocol):
     metrics: Metrics
     refusals: RefusalLog
     keeper: Keeper
-    # WebSocket connections that may be open at once over all workers; 0: no limit.
+    # WebSocket connections that may be open at once over all workers.
     capacity: int
     # The clients are being told to leave: no new ones.
     closing: bool
@@ -81,6 +81,14 @@ class Connection(Peer, Protocol):
 
     def end_for_now(self, code: CloseCode, retry_after: int, *, flush: bool = True) -> None:
         """Close it with a reason that says in how many milliseconds, at most, to come back."""
+
+
+@runtime_checkable
+class CountedByPeer(Protocol):
+    """A stream that the worker counts by the address of its peer."""
+
+    def count_as(self, peer: str) -> None:
+        """Count it under another address from now on."""
 
 
 def new_id() -> str:

@@ -9,7 +9,7 @@ from tornado.websocket import WebSocketHandler
 
 from ..errors import Refusal
 from ..protocol import SUBPROTOCOL
-from .base import BaseHandler
+from .base import BaseHandler, CountedByPeer
 from .connection import Connection
 from .wire import Handshake
 
@@ -45,9 +45,10 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         """Refuse the upgrade where there is no room, before it costs anything."""
         server = self.context.config.server
         board = self.context.board
+        self._count_as_client()
         if self.context.closing:
             self.finish_error(503, "unavailable", "This server is stopping; connect again.")
-        elif 0 < self.context.capacity <= board.sockets():
+        elif self.context.capacity <= board.sockets():
             setting = "[server] max_connections"
             self.refuse(
                 Refusal(
@@ -64,6 +65,12 @@ class SocketHandler(BaseHandler, WebSocketHandler):
                 ),
                 kind="limit",
             )
+
+    def _count_as_client(self) -> None:
+        """Behind a trusted proxy the connection counts for the one that it was made for."""
+        stream = getattr(self.request.connection, "stream", None)
+        if self.context.config.server.trusted_proxies and isinstance(stream, CountedByPeer):
+            stream.count_as(self.remote_ip)
 
     def check_origin(self, origin: str) -> bool:
         # `prepare` has refused foreign ones.
