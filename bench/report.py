@@ -45,7 +45,7 @@ def results(
     lines = [
         "# Results",
         "",
-        f"Written by `make bench` ({datetime.now(UTC):%Y-%m-%d}, {rounds} rounds in {seconds / 60:.1f} minutes)."
+        f"Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}, {rounds} rounds in {seconds / 60:.0f} min."
         " Each figure is the median of its rounds, a ratio that of the ratios round by round; the spread is"
         " the lowest and the highest. CPU is that of the server's whole process tree, Redis not included.",
         "",
@@ -58,11 +58,19 @@ def results(
         for index, figure in enumerate(row.figures(samples)):
             title, target = ("", "") if index else (row.title, row.target)
             lines.append(f"| {title} | {target} | {figure.text} | {figure.spread} | {_MARKS[figure.met]} |")
-    lines += ["", "## All of it", "", "| server | what | median | lowest | highest |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "## All of it",
+        "",
+        "| server | what | median | lowest | highest |",
+        "|---|---|---|---|---|",
+    ]
     for (server, sample), values in sorted(samples.items()):
         row = f"{median(values):.3f} | {min(values):.3f} | {max(values):.3f}"
-        lines.append(f"| {server} | {_WHAT.get(sample.removeprefix('kept '), sample)}"
-                     f"{', persistent' if sample.startswith('kept ') else ''} | {row} |")
+        lines.append(
+            f"| {server} | {_WHAT.get(sample.removeprefix('kept '), sample)}"
+            f"{', persistent' if sample.startswith('kept ') else ''} | {row} |"
+        )
     lines += ["", "## Machine", "", *(f"- {line}" for line in _machine())]
     if missing:
         lines += ["", "## Not here", "", *(f"- {name}: {how}" for name, how in missing.items())]
@@ -151,9 +159,7 @@ def chart(samples: Samples) -> str:
     body: list[str] = []
     y = 24
     for sample, names in _BARS.items():
-        found = {
-            server: median(samples[server, sample]) for server in names if samples.get((server, sample))
-        }
+        found = {server: median(samples[server, sample]) for server in names if samples.get((server, sample))}
         if not found:
             continue
         body.append(f'<text class="title" x="8" y="{y}">{_TITLES[sample]}</text>')

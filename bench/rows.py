@@ -136,7 +136,10 @@ def jobs(size: Size) -> list[Job]:
             },
         ),
     ]
-    return [Job(job.server, {"settle": str(size.settle_ms), **job.options}, job.samples, job.fresh) for job in listed]
+    return [
+        Job(job.server, {"settle": str(size.settle_ms), **job.options}, job.samples, job.fresh)
+        for job in listed
+    ]
 
 
 def _persistent(*, acks: bool = False) -> dict[str, str]:

@@ -84,7 +84,8 @@ class Bench:
     def _say(self, number: int, index: int, count: int, job: Job) -> None:
         left = max(0, self._deadline - time.monotonic())
         what = ", ".join(dict.fromkeys(job.samples.values()))
-        line = f"round {number}/{self._size.rounds}, job {index}/{count}: {job.server}: {what} ({left:.0f} s left)"
+        where = f"round {number}/{self._size.rounds}, job {index}/{count} ({left:.0f} s left)"
+        line = f"{where}: {job.server} {what}"
         if sys.stdout.isatty():
             print(f"{line:<100.100}", end="\r", flush=True)
         else:
@@ -144,13 +145,19 @@ def _uneven(port: int) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run: one round of little, no results")
-    parser.add_argument("--build", type=Path, default=ROOT / "build" / "bench", help="where binaries and logs go")
+    parser.add_argument(
+        "--build", type=Path, default=ROOT / "build" / "bench", help="where binaries and logs go"
+    )
     parser.add_argument("--out", type=Path, help="where RESULTS.md and results.svg go (default: bench/)")
     parser.add_argument("--minutes", type=float, default=9.5, help="begin no round that would end later")
     parser.add_argument("--rounds", type=int, help="how many runs each figure is the median of (default: 5)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="jobs whose server or samples have this text")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="jobs whose server or samples have this text"
+    )
     parser.add_argument("--no-peers", action="store_true", help="the floor and the daemon alone")
     options = parser.parse_args()
 

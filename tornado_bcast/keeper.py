@@ -60,8 +60,10 @@ class Keeper:
         while True:
             await asyncio.sleep(_TICK)
             for kept in self._wheel.expired(time.monotonic()):
+                # A change that was to be saved may have gone with another one.
+                if not kept.soon or kept.session.changed or not kept.session.is_stored:
+                    self._save_later(kept.session, kept.end)
                 kept.soon = False
-                self._save_later(kept.session, kept.end)
                 self._schedule(kept)
 
     async def flush(self) -> None:

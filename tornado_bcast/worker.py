@@ -29,6 +29,7 @@ from tornado.netutil import ssl_wrap_socket
 from .acceptor import Acceptor
 from .board import Board, State
 from .config import Config
+from .eventloop import new_event_loop
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ def serve(
     make_application: MakeApplication,
 ) -> int:
     """Run worker `index` until it is told to leave; 0. To be called in a forked process (daemon.py)."""
-    return asyncio.run(Worker(config, sockets, board, index, make_application).run())
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(Worker(config, sockets, board, index, make_application).run())
 
 
 class Connections:
