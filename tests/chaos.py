@@ -192,6 +192,7 @@ class SocketPublisher:
         elif event["type"] == "error":
             if event["code"] != "unavailable":
                 self._ledger.complain(f"the WebSocket publisher got {event}")
+            self._ledger.counts["publishes unavailable"] += 1
             self._again[event["messageId"]] = time.monotonic() + event["retryAfter"] / 1000
 
 
