@@ -369,7 +369,7 @@ async def test_a_resume_without_redis_is_1013_and_never_a_new_session() -> None:
             async with Client(daemon.ws_url) as client:
                 await client.ask("subscribe", channel="p.away", ack=True)
             server.stop()
-            daemon.expect("redis_down", "redis_up")
+            daemon.expect("redis_down", "history_lost")
             with pytest.raises(ConnectionError, match="1013"):
                 async with resuming(daemon, client.hello["session"]):
                     pass

@@ -245,6 +245,7 @@ async def test_subscribing_twice_is_once(daemon: Daemon) -> None:
         for _ in range(3):
             assert (await client.ask("subscribe", channel="twofold"))["type"] == "ack"
         await client.ask("broadcast", channel="twofold", data=1)
+        assert await client.messages(1) == [1]
         await client.ask("unsubscribe", channel="twofold")
         await client.ask("broadcast", channel="twofold", data=2)
         assert await client.is_alive()
