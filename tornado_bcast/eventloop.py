@@ -39,6 +39,14 @@ class BoundedSelector(selectors.EpollSelector):
         super().close()
 
 
+def until_tick(seconds: float) -> float:
+    """The wait until the loop's clock shows a whole multiple of `seconds`.
+
+    Whoever has a regular turn waits for that, so that all of them come at once and an idle worker sleeps more.
+    """
+    return seconds - asyncio.get_running_loop().time() % seconds
+
+
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """For `asyncio.Runner`."""
     return asyncio.SelectorEventLoop(BoundedSelector())

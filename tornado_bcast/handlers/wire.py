@@ -16,8 +16,27 @@ from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
 from tornado.websocket import WebSocketHandler, WebSocketProtocol13, _WebSocketParams
 
 from ..errors import CloseCode
-from ..frames import BINARY, CLOSE, PING, PONG, TEXT, FrameParser, ProtocolViolation, frame, is_close_code
+from ..frames import (
+    BINARY,
+    CLOSE,
+    PING,
+    PONG,
+    TEXT,
+    FrameParser,
+    ProtocolViolation,
+    Unmask,
+    frame,
+    is_close_code,
+    unmask,
+)
 from ..sink import Sink
+
+_unmask: Unmask
+try:
+    # Tornado's own, in C.
+    from tornado.speedups import websocket_mask as _unmask
+except ImportError:
+    _unmask = unmask
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +114,7 @@ class Wire:
         self._stream = stream
         self._receiver = receiver
         # None: nothing that comes is looked at any more.
-        self._parser: FrameParser | None = FrameParser(max_message)
+        self._parser: FrameParser | None = FrameParser(max_message, _unmask)
         # The payload of the last ping that could not be answered at once (RFC 6455, section 5.5.3).
         self._ping: bytes | None = None
         # A close frame was sent; nothing may follow it.
