@@ -174,7 +174,7 @@ class SocketPublisher:
         cut_at = time.monotonic() + random.uniform(1, 5)
         while self._world.publishing or outbox.open:
             now = time.monotonic()
-            self._tunnel = now > cut_at and not self._world.calm
+            self._tunnel = self._tunnel or (now > cut_at and not self._world.calm)
             if self._tunnel and now > cut_at + 0.2:
                 socket.transport.abort()
             due = [message_id for message_id, at in self._again.items() if at <= now]

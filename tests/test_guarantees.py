@@ -216,9 +216,11 @@ def test_a_promoted_replica(server: RedisServer, capsys: pytest.CaptureFixture[s
                 world = world_counts["world"] = World(daemon.url, CHANNELS, old_sessions=True)
                 async with world:
                     await asyncio.sleep(3)
+                    # Right before the server goes back with them, and has sent them more than will be left.
+                    world.stall(2.5)
+                    await asyncio.sleep(0.45)
                     # From here on the old master acknowledges what the new one will never have.
                     replica.do("REPLICAOF", "NO", "ONE")
-                    world.stall(2.5)
                     await asyncio.sleep(1.5)
                     proxy.path = replica.socket
                     for way in proxy.connections:
