@@ -4,6 +4,7 @@ The only WebSocket handler. It lives as long as the handshake; the connection is
 """
 
 from importlib.resources import files
+from typing import Any
 
 from tornado.websocket import WebSocketHandler
 
@@ -19,8 +20,9 @@ _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self' ws: wss:;"
     " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# A subprotocol that begins so asks to resume the session whose id follows.
+# A subprotocol that begins so asks to resume the session whose id follows, or has the token.
 _SESSION_PREFIX = "session."
+_TOKEN_PREFIX = "bearer."
 
 
 class SocketHandler(BaseHandler, WebSocketHandler):
@@ -28,6 +30,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
 
     async def get(self, *args: str, **kwargs: str) -> None:
         if self.request.headers.get("Upgrade", "").lower() == "websocket":
+            self._count_as(self.remote_ip)
             self._check_capacity()
             if not self._finished:
                 await super().get(*args, **kwargs)
@@ -40,6 +43,16 @@ class SocketHandler(BaseHandler, WebSocketHandler):
             self.finish_error(
                 426, "bad_message", "This is a WebSocket endpoint: connect with ws:// or wss://."
             )
+
+    def _count_as(self, address: str) -> None:
+        """Count the connection under this address; behind a trusted proxy it is the client's."""
+        stream: Any = getattr(self.request.connection, "stream", None)
+        if stream is not None and stream.peer != address and self.context.config.server.trusted_proxies:
+            stream.count_as(address)
+
+    def on_finish(self) -> None:
+        # Not upgraded: the proxy may send another client's request next.
+        self._count_as(self.request.remote_ip or "")
 
     def _check_capacity(self) -> None:
         """Refuse the upgrade where there is no room, before it costs anything."""
@@ -83,7 +96,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         stream = self.ws_connection.stream
         stream.set_nodelay(True)
         connection = Connection(self.context, stream)
-        connection.start(self._offered_session())
+        connection.start(self._offered_session(), self._offered_token())
         # What Tornado leaves to the end of the connection: this handler's end is here.
         self.ws_connection = None
         self._on_close_called = True
@@ -91,8 +104,20 @@ class SocketHandler(BaseHandler, WebSocketHandler):
 
     def _offered_session(self) -> str | None:
         """The secret id of the session to resume, by subprotocol or query."""
+        session = self._offered(_SESSION_PREFIX)
+        return self.get_query_argument("session", None) if session is None else session
+
+    def _offered(self, prefix: str) -> str | None:
+        """What stands after this prefix in a subprotocol."""
         offered = self.request.headers.get("Sec-WebSocket-Protocol", "")
         for name in offered.split(","):
-            if name.strip().startswith(_SESSION_PREFIX):
-                return name.strip().removeprefix(_SESSION_PREFIX)
-        return self.get_query_argument("session", None)
+            if name.strip().startswith(prefix):
+                return name.strip().removeprefix(prefix)
+        return None
+
+    def _offered_token(self) -> str | None:
+        """The first of: subprotocol, header, query."""
+        token = self._offered(_TOKEN_PREFIX)
+        if token is None:
+            token = self.bearer()
+        return self.get_query_argument("token", None) if token is None else token
