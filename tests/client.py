@@ -225,6 +225,11 @@ class Raw:
     async def __aexit__(self, *exception: object) -> None:
         self._socket.close()
 
+    def abort(self) -> None:
+        """Close it so that the other end is told of a reset."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, pack("ii", 1, 0))
+        self._socket.close()
+
     async def send(self, data: bytes) -> None:
         await asyncio.get_running_loop().sock_sendall(self._socket, data)
 

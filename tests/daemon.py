@@ -61,6 +61,8 @@ class Daemon:
         self._expected: set[str] = set()
         self._checked = 0
         self._process: subprocess.Popen[bytes] | None = None
+        # As they were when last asked for.
+        self._workers: list[int] = []
         # http://127.0.0.1:PORT, or https:.
         self.url = ""
 
@@ -127,11 +129,17 @@ class Daemon:
         assert isinstance(body, dict)
         return body
 
+    def children(self) -> set[int]:
+        """The pids of its workers, and of the embedded server if it has one."""
+        return {int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()}
+
     def workers(self) -> list[int]:
         """The pids of this daemon's own workers, in the order of their index."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        rows = {row["pid"]: row["worker"] for row in self.stats()["workers"]}
-        return sorted((int(pid) for pid in children if int(pid) in rows), key=rows.__getitem__)
+        children = self.children()
+        if len(self._workers) < int(self._variables["WORKERS"]) or not children.issuperset(self._workers):
+            rows = {row["pid"]: row["worker"] for row in self.stats()["workers"]}
+            self._workers = sorted(children & rows.keys(), key=rows.__getitem__)
+        return self._workers
 
     @contextmanager
     def only(self, worker: int) -> Iterator[None]:

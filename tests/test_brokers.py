@@ -17,7 +17,7 @@ from redis_server import RedisServer, binaries, free_port, has_tls
 from tornado_bcast.brokers import BusMessage, History, Receipt, decode_bus, encode_bus
 from tornado_bcast.brokers.memory import MemoryBroker
 from tornado_bcast.brokers.redis import RedisBroker, check_server
-from tornado_bcast.errors import Unavailable
+from tornado_bcast.errors import ConfigError, Unavailable
 
 prefixes = count()
 
@@ -438,3 +438,5 @@ def test_a_server_is_checked_over_tls(
         pytest.skip("no server that was built with TLS: the refusal of its certificate is NOT tested here")
     url = f"rediss://127.0.0.1:{servers(name).tls_port}"
     assert check_server(f"{url}?ssl_ca_certs={certificate / 'cert.pem'}") is None
+    with pytest.raises(ConfigError, match="certificate"):
+        check_server(url)

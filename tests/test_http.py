@@ -319,6 +319,14 @@ async def test_bodies_that_are_too_large(daemon: Daemon) -> None:
     assert (await post(daemon, {"messages": messages})).status == 200
 
 
+@pytest.mark.parametrize("path", ["/health", "/stats", "/ws", "/nothing"])
+@asynchronous
+async def test_a_body_that_nobody_wants_is_not_kept(daemon: Daemon, path: str) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50000000\r\n\r\n"
+    answer = await raw_http(daemon.url, head.encode())
+    assert answer.status in (400, 404, 405, 413)
+
+
 @asynchronous
 async def test_curls_hesitation(daemon: Daemon) -> None:
     body = json.dumps({"channel": "a", "data": 1})

@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 BACKLOG = 4096
 # Accepted in one go, so that the loop serves others in between.
 BATCH = 16
-# How far above the lowest worker another one may be: so many connections, or this part of them.
-SLACK = 16
+# How far above the lowest of the others a worker may be: so many connections, or this part of them. Few, so
+# that a handful of clients does not end up on one core; one that lags is waited for until it is stale.
+SLACK = 2
 SLACK_PART = 0.02
 # Seconds until a worker without room looks again, and until one without descriptors tries again.
 LOOK_SECONDS = 0.01
@@ -176,7 +177,7 @@ class Acceptor:
 
     def _room(self) -> int:
         """How many connections this worker may take before it is too far above the others."""
-        lowest = self._board.lowest()
+        lowest = self._board.lowest(besides=self._board.index)
         if lowest is None:
             return BATCH
         slack = max(SLACK, int(lowest * SLACK_PART))

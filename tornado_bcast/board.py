@@ -228,13 +228,17 @@ class Board:
     def slots(self) -> list[Slot]:
         return [self.slot(index) for index in range(self.workers)]
 
-    def lowest(self) -> int | None:
-        """The lowest count of connections among the workers that can take another; None if there are none."""
+    def lowest(self, besides: int = -1) -> int | None:
+        """The lowest count of connections among the workers that can take another; None if there are none.
+
+        The worker `besides` is left out.
+        """
         ints, times = self._ints, self._times
         heard = self._clock() - STALE_SECONDS
         least: int | None = None
+        left_out = self._base(besides)
         for base in range(_SLOT_FIELDS, _SLOT_FIELDS * (1 + self.workers), _SLOT_FIELDS):
-            if ints[base + _STATE] == State.SERVING and ints[base + _ACCEPTING]:
+            if base != left_out and ints[base + _STATE] == State.SERVING and ints[base + _ACCEPTING]:
                 count = ints[base + _CONNECTIONS]
                 if (least is None or count < least) and times[base + _HEARTBEAT] > heard:
                     least = count

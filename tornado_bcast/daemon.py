@@ -23,7 +23,6 @@ import gc
 import logging
 import os
 import pickle
-import random
 import resource
 import signal
 import socket
@@ -42,6 +41,7 @@ from .brokers.embedded import EmbeddedServer, die_with_parent
 from .brokers.redis import check_server
 from .config import Config
 from .errors import ConfigError
+from .forks import ForkLog, pause
 from .reload import compare
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,6 @@ STOP_SECONDS = 5.0
 GRACE_SECONDS = 5.0
 # A worker that is not heard for so long is reported.
 HUNG_SECONDS = 5.0
-FIRST_PAUSE_SECONDS = 0.1
-LAST_PAUSE_SECONDS = 5.0
 # With which a worker leaves that is to be replaced.
 REPLACE_EXIT = 3
 
@@ -97,7 +95,7 @@ class _Parent:
         self._embedded: EmbeddedServer | None = None
         if config.redis.url == "embedded:":
             self._embedded = EmbeddedServer(config.redis.data_dir, config.redis.appendfsync)
-        self._fork_log = _ForkLog(self._board)
+        self._fork_log = ForkLog(self._board)
         # True while `_tick` runs, which a signal may interrupt.
         self._ticking = False
         # When everything stops: when the workers must have left, and who has been told.
@@ -200,7 +198,7 @@ class _Parent:
         early_deaths = board.claim(index)
         # From here on the parent finds this process on the board. It may have begun to stop before.
         if early_deaths and not board.stopping:
-            _pause(index, early_deaths)
+            pause(index, early_deaths)
         code = 0
         if not board.stopping:
             board.begin()
@@ -370,46 +368,6 @@ class _Parent:
             self._board.workers,
             extra={"event": "serving"},
         )
-
-
-class _ForkLog(logging.Filter):
-    """Says in our words what `fork_processes` logs of each dead child; who left as told is no warning."""
-
-    def __init__(self, board: Board) -> None:
-        super().__init__()
-        self._board = board
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if not (str(record.msg).startswith("child %d") and isinstance(record.args, tuple)):
-            return True
-        index, pid, code = (*record.args, 0)[:3]
-        assert isinstance(index, int)
-        if self._board.stopping:
-            return False
-        if self._board.slot(index).pid != pid:
-            logger.info(
-                "worker %d (pid %d) has left and is replaced", index, pid, extra={"event": "worker_left"}
-            )
-            return False
-        how = "was killed by signal" if "signal" in record.msg else "ended with status"
-        logger.warning(
-            "worker %d (pid %d) %s %d and is replaced", index, pid, how, code, extra={"event": "worker_died"}
-        )
-        return False
-
-
-def _pause(index: int, early_deaths: int) -> None:
-    """Hold a worker up whose predecessors died at once. SIGTERM, which kills it here, ends the pause."""
-    longest = min(LAST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(early_deaths - 1, 20))
-    seconds = longest * random.uniform(0.5, 1.0)
-    logger.warning(
-        "worker %d: %d in a row died young; pausing %.2f s",
-        index,
-        early_deaths,
-        seconds,
-        extra={"event": "worker_pausing"},
-    )
-    time.sleep(seconds)
 
 
 def _raise_descriptors() -> None:

@@ -31,6 +31,7 @@ class Delivery:
         "cursor",
         "due",
         "epoch",
+        "lost",
         "max_in_flight",
         "max_redeliveries",
         "sent",
@@ -46,6 +47,7 @@ class Delivery:
         seq: int,
         *,
         acks: bool,
+        lost: tuple[str, int] | None = None,
         uniform: Callable[[], float] = random.random,
     ) -> None:
         self._random = uniform
@@ -56,6 +58,8 @@ class Delivery:
         # All up to here has been processed by the client. Of no meaning without acks.
         self.acked = seq
         self.acked_epoch = epoch
+        # A position that is gone. The client was told so, but no ack has shown yet that it heard of it.
+        self.lost = lost
         # While behind: the last message written in this pass, and the epoch in which that number was given or
         # known. While live it is the node's head, and the node sets it where it matters.
         self.cursor = seq
@@ -72,8 +76,14 @@ class Delivery:
 
     @property
     def position(self) -> tuple[str, int]:
-        """What a session keeps: all up to here is processed."""
+        """All up to here is processed."""
         return self.acked_epoch, self.acked
+
+    @property
+    def kept(self) -> tuple[str, int]:
+        """What a session keeps. Should the connection end before the client has heard of a loss, it is told
+        again when it resumes, and never goes on as if nothing had happened."""
+        return self.lost or self.position
 
     @property
     def edge(self) -> int | None:
@@ -117,8 +127,15 @@ class Delivery:
         The caller has made sure that this place lies on the line of numbers of which `chain` is the present
         epoch, and not past its head.
         """
-        if not self.acks or seq <= self.acked:
+        if not self.acks:
             return False
+        if self.lost is None:
+            if seq <= self.acked:
+                return False
+        elif not self.acked <= seq <= max(self.sent, self.cursor):
+            # It was on its way when the loss was told: what the client had then is no more.
+            return False
+        self.lost = None
         self.acked_epoch, self.acked = epoch, seq
         self.tries = 0
         self.due = None
@@ -149,8 +166,15 @@ class Delivery:
         """The due time has come, but the connection has a backlog: that is no fault of the reader's acks."""
         self.due = now + self._wait()
 
+    def lose(self, epoch: str, seq: int) -> None:
+        """The position is gone, and the client is told to go on after this one."""
+        lost = self.kept
+        self.restart(epoch, seq)
+        self.lost = lost
+
     def restart(self, epoch: str, seq: int) -> None:
-        """Go on after another position: the old one is lost, or the client asked for it."""
+        """Go on after another position."""
+        self.lost = None
         self.epoch = self.acked_epoch = epoch
         self.acked = self.cursor = self.sent = seq
         self.behind = True

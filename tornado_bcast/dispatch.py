@@ -187,6 +187,7 @@ class Dispatch:
     async def _read_on(self, subscriber: Subscriber, delivery: Delivery) -> None:
         """Read the next piece of the stream for one that is behind, and send it."""
         topic = subscriber.topic
+        place = delivery.epoch, delivery.cursor
         history = None
         try:
             history = await self._reader.piece(topic.channel, delivery.cursor)
@@ -196,7 +197,8 @@ class Dispatch:
             subscriber.reading = False
         if subscriber.closed:
             return
-        if history is None:
+        if history is None or place != (delivery.epoch, delivery.cursor):
+            # An ack, a going back or a loss has moved it meanwhile: then this is not its next piece.
             self.advance(subscriber)
         elif history.epoch != topic.epoch:
             # One of the two is old. Filling finds out which, and advances all that are behind.
@@ -206,8 +208,9 @@ class Dispatch:
 
     def _send_piece(self, subscriber: Subscriber, delivery: Delivery, history: History) -> None:
         topic = subscriber.topic
-        if not history.continues(delivery.epoch, delivery.cursor):
-            self.lose(subscriber, delivery, history)
+        lost = not history.continues(delivery.epoch, delivery.cursor)
+        if lost:
+            self.lose(subscriber, history)
         frames: list[bytes] = []
         size = 0
         redelivered = 0
@@ -216,7 +219,8 @@ class Dispatch:
         for message in history.messages:
             if message.seq <= last:
                 continue
-            if message.seq > stop:
+            # After a loss the next one may lie before what was read.
+            if message.seq > stop or message.seq != last + 1:
                 break
             times = delivery.redelivered(message.seq)
             redelivered += bool(times)
@@ -224,22 +228,32 @@ class Dispatch:
             size += len(frames[-1])
             last = message.seq
         if frames:
-            subscriber.sink.send(topic.channel, b"".join(frames), frames, "wait")
+            if not subscriber.sink.send(topic.channel, b"".join(frames), frames, "wait"):
+                # The queue has filled meanwhile: when that has left, this is read again.
+                return
             delivery.wrote(history.epoch, last, _now())
             self._metrics.delivered += len(frames)
             self._metrics.bytes_out += size
             self._metrics.redelivered += redelivered
             self._watch(subscriber)
-        elif delivery.room(topic.seq):
+        elif delivery.room(topic.seq) and not lost:
             # Messages that this node has heard of are not in the stream, or were not yet when it was read.
+            # Filling advances all that are behind.
             self._on_hole(topic)
+            return
         self.advance(subscriber)
 
-    def lose(self, subscriber: Subscriber, delivery: Delivery, history: History) -> None:
-        """Tell a subscriber of a gap that cannot be filled, and go on with the oldest message left."""
-        start = history.first - 1
-        delivery.restart(history.epoch, start)
-        subscriber.on_lost(subscriber.topic.channel, history.epoch, start)
+    def lose(self, subscriber: Subscriber, history: History) -> None:
+        """Tell a subscriber of a gap that cannot be filled, and go on with the oldest message left.
+
+        This node has taken over the line of numbers of `history`; of what it has not heard yet, nothing is
+        lost to those who stand at its head.
+        """
+        topic, delivery = subscriber.topic, subscriber.delivery
+        assert delivery is not None
+        start = min(history.first - 1, topic.seq)
+        delivery.lose(topic.epoch, start)
+        subscriber.on_lost(topic.channel, topic.epoch, start)
 
     def _watch(self, subscriber: Subscriber) -> None:
         """See to it that the wheel comes by when the subscriber's acks are due."""

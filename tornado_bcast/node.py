@@ -264,15 +264,20 @@ class Node:
                     dispatch.gather(topic, message)
             dispatch.flush(topic)
         else:
-            live = list(topic.live.values())
+            shared = topic.shared(history)
+            for subscriber in list(topic.live.values()):
+                dispatch.fall_behind(subscriber)
+            topic.adopt(history, history.seq)
+            # Who is behind and has seen nothing that is gone goes on; should what it needs be trimmed away,
+            # reading tells.
+            lost = [one for one in topic.behind.values() if one.delivery and one.delivery.sent > shared]
             logger.warning(
-                "history of a channel was lost; %d live subscribers are told",
-                len(live),
+                "history of a channel was lost; %d subscribers are told",
+                len(lost),
                 extra={"event": "history_lost", "channel": topic.channel},
             )
-            for subscriber in live:
-                dispatch.lose(subscriber, dispatch.fall_behind(subscriber), history)
-            topic.adopt(history, history.seq)
+            for subscriber in lost:
+                dispatch.lose(subscriber, history)
 
     async def _check_heads(self, topics: list[Topic]) -> None:
         """Compare heads with the broker's, and fill where a message was missed, or Redis has lost some."""

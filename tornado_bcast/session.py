@@ -38,12 +38,13 @@ class Subscription:
         """What is stored of it: with acks the epoch and seq up to which all is processed, else `-`."""
         if self.delivery is None or not self.delivery.acks:
             return "-"
-        return "{} {}".format(*self.delivery.position)
+        return "{} {}".format(*self.delivery.kept)
 
 
 def decode_subscription(value: str) -> Position | None:
     """The acked position in what was stored; None for a subscription without acks."""
-    epoch, _, seq = value.partition(" ")
+    # An epoch may be what a client made up, blanks and all.
+    epoch, _, seq = value.rpartition(" ")
     return Position(epoch, int(seq)) if seq.isdecimal() else None
 
 

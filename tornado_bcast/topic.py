@@ -5,13 +5,16 @@ the node's head, the place up to which every message has been seen without a hol
 message is the next one.
 """
 
-import asyncio
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from .brokers import BusMessage, History
 from .config import ChannelRule
 from .delivery import Delivery
 from .sink import Sink
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class Topic:
@@ -84,6 +87,12 @@ class Topic:
         self.epoch = history.epoch
         self.ends = history.ends
         self.seq = self.flushed = seq
+
+    def shared(self, history: History) -> int:
+        """The last seq up to which this line of numbers and the one that a read has shown are the same."""
+        here = {**self.ends, self.epoch: self.seq}
+        there = {**history.ends, history.epoch: history.seq}
+        return max((min(here[epoch], there[epoch]) for epoch in here.keys() & there.keys()), default=0)
 
     def is_caught_up(self, history: History) -> bool:
         """Whether a read has shown everything, also what was dropped while it was under way.

@@ -41,6 +41,8 @@ STOP_SECONDS = 3.0
 _POLL_SECONDS = 0.02
 # What Tornado takes for no limit (httpserver.py).
 _NO_TIMEOUT = 3600.0
+# Bytes; Tornado's default of 100 MB would be buffered for everybody who sends them.
+_MAX_BODY = 64 * 1024
 
 # Says goodbye to the clients and gives back what the application holds, within the given seconds.
 Close = Callable[[float], Awaitable[None]]
@@ -170,8 +172,13 @@ class Worker:
         application, self._close_application, self._configure = await self._make_application(
             self.config, self.board, self.index
         )
+        patience = self.config.limits.handshake_timeout or None
         self._server = HTTPServer(
-            application, idle_connection_timeout=self.config.limits.handshake_timeout or None
+            application,
+            idle_connection_timeout=patience,
+            # Handlers that have a use for a body set their own bound.
+            max_body_size=_MAX_BODY,
+            body_timeout=patience,
         )
         # What was told between the fork and here.
         self.take_over()
@@ -191,7 +198,9 @@ class Worker:
         if data is None:
             return
         self.config = take_over(self.config, pickle.loads(data))
-        self._server.conn_params.header_timeout = self.config.limits.handshake_timeout or _NO_TIMEOUT
+        patience = self.config.limits.handshake_timeout
+        self._server.conn_params.header_timeout = patience or _NO_TIMEOUT
+        self._server.conn_params.body_timeout = patience or None
         self._configure(self.config)
         logger.info("worker %d has taken over new settings", self.index, extra={"event": "settings_taken"})
 

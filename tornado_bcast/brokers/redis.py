@@ -91,8 +91,9 @@ class RedisBroker:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._publications.close()
         self._commands.close()
-        self._bridge.close()
-        self._canary.close()
+        if self._tasks:
+            self._bridge.close()
+            self._canary.close()
         for link in (self._publish_link, self._command_link, self._listen_link):
             await link.close()
 
@@ -130,6 +131,8 @@ class RedisBroker:
         return await self._canary.probe()
 
     def health(self) -> BrokerHealth:
+        if not self._tasks:
+            return BrokerHealth(False)
         ready_since = self._bridge.ready_since
         up = self._condition.up and ready_since is not None and self._canary.is_fresh(ready_since)
         return BrokerHealth(up, self._canary.roundtrip, self._condition.problem)

@@ -102,7 +102,7 @@ class Bridge:
 
     def replace(self) -> None:
         """Give up the present connection: it is open, but nothing comes out of it."""
-        if self._patience is not None:
+        if self._patience is not None and not self._patience.expired():
             self._patience.reschedule(self._loop.time())
 
     def close(self) -> None:

@@ -46,8 +46,9 @@ class Canary:
         self.roundtrip: float | None = None
         # Since when one is missing that Redis has taken.
         self._missing_since: float | None = None
-        # The probe under way: done with the seconds it took, or with None.
+        # The last probe, done with the seconds it took or with None, and when it was sent.
         self._probe: asyncio.Future[float | None] | None = None
+        self._probe_at = 0.0
         self._probe_number = 0
 
     def sing(self) -> None:
@@ -94,9 +95,10 @@ class Canary:
         self._missing_since = None
 
     async def probe(self) -> float:
-        """Send one now, or join the one that somebody has just sent, and wait for it: the seconds it took."""
-        if self._probe is None or self._probe.done():
-            self._probe = self._loop.create_future()
+        """Send one, or join the one that somebody sent within the last second: the seconds it took."""
+        now = self._loop.time()
+        if self._probe is None or (self._probe.done() and now - self._probe_at >= INTERVAL):
+            self._probe, self._probe_at = self._loop.create_future(), now
             self._probe_number = self._number + 1
             self.sing()
         probe = self._probe

@@ -76,7 +76,7 @@ class Tokens:
     """Names that are never given twice, over all processes: a random part and a count."""
 
     def __init__(self) -> None:
-        self._random = secrets.token_hex(8)
+        self._random = secrets.token_hex(6)
         self._count = count()
 
     def next(self) -> str:

@@ -137,7 +137,7 @@ def is_refusal(error: BaseException) -> bool:
     chain = [error, error.__cause__, error.__context__]
     return any(
         isinstance(one, Unusable | AuthenticationError | NoPermissionError | InvalidResponse)
-        or isinstance(one, ssl.SSLCertVerificationError)
+        or (isinstance(one, ssl.SSLError) and not isinstance(one, ssl.SSLEOFError | ssl.SSLZeroReturnError))
         for one in chain
     )
 
@@ -252,7 +252,8 @@ class Link:
         while True:
             if self._failures:
                 # Full jitter: after an outage the workers of all nodes do not come at once.
-                await asyncio.sleep(random.uniform(0, min(BACKOFF_CAP, BACKOFF_BASE * 2**self._failures)))
+                longest = min(BACKOFF_CAP, BACKOFF_BASE * 2 ** (self._failures - 1))
+                await asyncio.sleep(random.uniform(0, longest))
             connection = self._connection = self._make(self.name)
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT):

@@ -12,7 +12,13 @@ from collections import deque
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
-from redis.exceptions import AuthenticationError, BusyLoadingError, ConnectionError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ConnectionError,
+    RedisError,
+    ResponseError,
+)
 
 from tornado_bcast.brokers.redis_link import LINK_ERRORS, Connection, Link, Server, pack
 from tornado_bcast.errors import Unavailable
@@ -28,7 +34,8 @@ BATCH_BYTES = 1 << 20
 COMPLAINT_INTERVAL = 60.0
 
 # Error answers that mean: nothing was done, and the next try may succeed. NOSCRIPT is met on the spot, the
-# others by another connection.
+# others by another connection. (A SCRIPT FLUSH that hits a batch in flight is the one thing that can put a
+# message behind a later one of its channel: a plain PUBLISH of the same batch needs no script.)
 RETRY_CODES = frozenset(
     "BUSY CLUSTERDOWN LOADING MASTERDOWN NOAUTH NOSCRIPT READONLY TRYAGAIN WRONGPASS".split()
 )
@@ -267,10 +274,10 @@ class Pipeline:
         ahead = [command.deadline for command in self._batch if not command.future.done()][:1]
         ahead += [command.deadline for command in islice(self._waiting, 1)]
         if self._sent_at is not None:
-            if self._sent_at + self._timeout <= now and self._patience is not None:
-                self._patience.reschedule(now)
-            else:
+            if self._sent_at + self._timeout > now:
                 ahead.append(self._sent_at + self._timeout)
+            elif self._patience is not None and not self._patience.expired():
+                self._patience.reschedule(now)
         self._timer = loop.call_at(min(ahead), self._expire) if ahead else None
 
     def _resolve(self, command: Command[Any], answer: Any, server: Server) -> None:
@@ -288,8 +295,11 @@ class Pipeline:
         now = asyncio.get_running_loop().time()
         if now - self._complaints.get(code, -COMPLAINT_INTERVAL) >= COMPLAINT_INTERVAL:
             self._complaints[code] = now
-            # An unknown command's error goes on with its arguments, and there the payload is.
+            # An unknown command's error goes on with its arguments, and there the payload is; so may the text
+            # of an error that is not Redis's own.
             detail = str(error).partition(", with args")[0][:200]
+            if not isinstance(error, RedisError):
+                detail = type(error).__name__
             logger.error("%s (%s %s)", reason, code, detail, extra={"event": "redis_refused"})
 
     def _fail(self, command: Command[Any], reason: str) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Coroutine, Iterable
 from ipaddress import IPv4Address, IPv6Address
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from tornado.httputil import HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler
@@ -95,6 +95,14 @@ class Connection(Peer, Protocol):
 
     def check_subscriptions(self) -> None:
         """End the subscriptions that the rules or the token do not allow any more."""
+
+
+@runtime_checkable
+class CountedByPeer(Protocol):
+    """A stream that the worker counts by the address of its peer."""
+
+    def count_as(self, peer: str) -> None:
+        """Count it under another address from now on."""
 
 
 def new_id() -> str:

@@ -93,9 +93,8 @@ class BroadcastHandler(BaseHandler):
         self.set_status(status)
         if status in (429, 503):
             self.set_header("Retry-After", "1")
-        self.finish_json(
-            {"error": refused[0]} if len(refused) == 1 else {"error": refused[0], "results": results}
-        )
+        # `results` also of a single one: it has the id with which to try again.
+        self.finish_json({"error": refused[0], "results": results})
 
     def _items(self) -> list["Broadcast | Refusal"]:
         """The messages of the body; a bad item of a batch is its refusal, a bad body raises one."""

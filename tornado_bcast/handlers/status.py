@@ -16,7 +16,7 @@ _MAX_MESSAGES = 1000
 
 
 class HealthHandler(BaseHandler):
-    """`/health`, `/health/live` and `/health/ready`: for whom is in docs/OPERATIONS.md. Open to everybody."""
+    """`/health`, `/health/live` and `/health/ready`: see docs/PROTOCOL.md, "HTTP". Open to everybody."""
 
     async def get(self, kind: str | None = None) -> None:
         context = self.context

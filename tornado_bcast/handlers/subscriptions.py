@@ -99,7 +99,8 @@ class Subscriptions:
             node.leave(topic)
             raise
         epoch = position.epoch if position is not None and recovered else topic.epoch
-        delivery = Delivery(topic.rule, epoch, start, acks=position is not None)
+        lost = (position.epoch, position.seq) if position is not None and not recovered else None
+        delivery = Delivery(topic.rule, epoch, start, acks=position is not None, lost=lost)
         return Restored(topic, Subscription(topic.rule, delivery), recovered and position is not None)
 
     def entry(self, one: Restored) -> dict[str, object]:
@@ -110,8 +111,6 @@ class Subscriptions:
             if not delivery.acks:
                 # Nobody knows what this client has seen: it goes on with what comes from now on.
                 delivery.restart(one.topic.epoch, one.topic.seq)
-            elif not one.recovered:
-                self._owner.session.changed.add(one.topic.channel)
             entry["epoch"], entry["seq"] = delivery.epoch, delivery.cursor
         return entry
 
@@ -229,7 +228,9 @@ class Subscriptions:
             else:
                 self._let_go(old)
             return
-        # From here on in one turn of the loop, so without a gap or an overlap.
+        # From here on in one turn of the loop, so without a gap or an overlap. What has gathered in this turn
+        # goes out before: the old subscription stands where it has been written to.
+        node.dispatch.flush(topic)
         if not _wants_place(command):
             subscription.delivery = self._place(command, topic, old, topic.seq, recovered).delivery
         if old is not None:
@@ -244,14 +245,19 @@ class Subscriptions:
         if not topic.rule.persistent:
             return Subscription(topic.rule, None)
         epoch = topic.epoch
+        lost: tuple[str, int] | None = None
         if _wants_place(command):
-            epoch = command.since.epoch if command.since is not None and recovered else topic.epoch
+            if command.since is not None and recovered:
+                epoch = command.since.epoch
+            elif command.since is not None:
+                lost = command.since.epoch, command.since.seq
         elif old is not None and old.delivery is not None:
             if command.ack and old.acks:
                 epoch, start = old.delivery.position
+                lost = old.delivery.lost
             elif old.delivery.behind:
                 epoch, start = old.delivery.epoch, old.delivery.cursor
-        return Subscription(topic.rule, Delivery(topic.rule, epoch, start, acks=command.ack))
+        return Subscription(topic.rule, Delivery(topic.rule, epoch, start, acks=command.ack, lost=lost))
 
     async def _unsubscribe(self, command: Unsubscribe) -> None:
         session, channel = self._owner.session, command.channel

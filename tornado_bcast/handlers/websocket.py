@@ -4,13 +4,12 @@ The only WebSocket handler. It lives as long as the handshake; the connection is
 """
 
 from importlib.resources import files
-from typing import Any
 
 from tornado.websocket import WebSocketHandler
 
 from ..errors import Refusal
 from ..protocol import SUBPROTOCOL
-from .base import BaseHandler
+from .base import BaseHandler, CountedByPeer
 from .connection import Connection
 from .wire import Handshake
 
@@ -30,7 +29,6 @@ class SocketHandler(BaseHandler, WebSocketHandler):
 
     async def get(self, *args: str, **kwargs: str) -> None:
         if self.request.headers.get("Upgrade", "").lower() == "websocket":
-            self._count_as(self.remote_ip)
             self._check_capacity()
             if not self._finished:
                 await super().get(*args, **kwargs)
@@ -44,20 +42,11 @@ class SocketHandler(BaseHandler, WebSocketHandler):
                 426, "bad_message", "This is a WebSocket endpoint: connect with ws:// or wss://."
             )
 
-    def _count_as(self, address: str) -> None:
-        """Count the connection under this address; behind a trusted proxy it is the client's."""
-        stream: Any = getattr(self.request.connection, "stream", None)
-        if stream is not None and stream.peer != address and self.context.config.server.trusted_proxies:
-            stream.count_as(address)
-
-    def on_finish(self) -> None:
-        # Not upgraded: the proxy may send another client's request next.
-        self._count_as(self.request.remote_ip or "")
-
     def _check_capacity(self) -> None:
         """Refuse the upgrade where there is no room, before it costs anything."""
         server = self.context.config.server
         board = self.context.board
+        self._count_as_client()
         if self.context.closing:
             self.finish_error(503, "unavailable", "This server is stopping; connect again.")
         elif 0 < self.context.capacity <= board.sockets():
@@ -77,6 +66,20 @@ class SocketHandler(BaseHandler, WebSocketHandler):
                 ),
                 kind="limit",
             )
+
+    def _count_as_client(self) -> None:
+        """Behind a trusted proxy the connection counts for the one that it was made for."""
+        self._count_as(self.remote_ip)
+
+    def _count_as(self, address: str) -> None:
+        stream = getattr(self.request.connection, "stream", None)
+        if self.context.config.server.trusted_proxies and isinstance(stream, CountedByPeer):
+            stream.count_as(address)
+
+    def on_finish(self) -> None:
+        # Without an upgrade the proxy may send another client's request next.
+        if self.get_status() != 101:
+            self._count_as(self.request.remote_ip or "")
 
     def check_origin(self, origin: str) -> bool:
         # `prepare` has refused foreign ones.

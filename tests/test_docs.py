@@ -1,0 +1,123 @@
+"""README and TROUBLESHOOTING, done as they say: their commands in a shell, their page in a real Chromium."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from broker_kit import asynchronous
+from browser import Browser
+from client import Client
+from daemon import ROOT, Daemon
+
+README = (ROOT / "README.md").read_text()
+CHECKS = (ROOT / "docs/TROUBLESHOOTING.md").read_text().partition("## Other signs")[0]
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    """One with the defaults, but for its port and its place."""
+    with Daemon(redis="embedded:", workers=2) as daemon:
+        yield daemon
+
+
+def shell(command: str, daemon: Daemon) -> str:
+    """What a command prints, errors as well, where the server has the port of `daemon`."""
+    if "curl" in command and not shutil.which("curl"):
+        pytest.skip("no curl on PATH")
+    done = subprocess.run(
+        ["bash", "-c", command.replace("127.0.0.1:8080", f"127.0.0.1:{daemon.port}")],
+        env=os.environ
+        | {
+            # The package's command without an installation, and curl without what a user has configured.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "BCAST_URL": daemon.url,
+            "CURL_HOME": str(daemon.place),
+        },
+        cwd=daemon.place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=30,
+    )
+    return done.stdout.strip()
+
+
+def is_like(shown: str, printed: str) -> bool:
+    """Whether this was printed; `...` in what is shown stands for anything."""
+    pattern = ".*".join(re.escape(part) for part in shown.split("..."))
+    return re.fullmatch(pattern, printed.replace("\r", ""), re.DOTALL) is not None
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Each command of an indented block that begins with `$ `, and what it prints."""
+    for block in re.findall(r"(?:^    .*\n)+", text, re.MULTILINE):
+        lines = [line[4:] for line in block.splitlines()]
+        if lines[0].startswith("$ "):
+            yield lines[0][2:], "\n".join(lines[1:])
+
+
+def test_there_are_seven_checks() -> None:
+    assert re.findall(r"^### (\d)\. ", CHECKS, re.MULTILINE) == list("1234567")
+    for check in re.split(r"^### \d\. ", CHECKS, flags=re.MULTILINE)[1:]:
+        assert list(blocks(check)) and "Bad:" in check
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 6, 7])
+@asynchronous
+async def test_checks(number: int, daemon: Daemon) -> None:
+    """The good case of each; `Bad:` was seen when it was written down."""
+    check = re.split(r"^### \d\. ", CHECKS, flags=re.MULTILINE)[number]
+    ((command, shown),) = list(blocks(check))
+    (daemon.place / "bcast.log").write_text("10:08:45.051 INFO     w0   worker_serving     worker 0 serves\n")
+    async with Client(daemon.ws_url) as client:
+        await client.ask("subscribe", channel="news")
+        printed = shell(command, daemon)
+    assert is_like(shown, printed), printed
+
+
+def test_listening_and_publishing(daemon: Daemon) -> None:
+    """The fourth check: the two commands, in two terminals."""
+    check = re.split(r"^### \d\. ", CHECKS, flags=re.MULTILINE)[4]
+    (listen, heard), (publish, taken) = blocks(check)
+    both = (
+        f"({listen} & echo $! >tail.pid; wait) 2>&1 | (read -r first; echo $first; {publish} >taken; head -1)"
+    )
+    printed = shell(f"{both}; kill $(cat tail.pid) 2>/dev/null", daemon)
+    assert is_like(heard, printed), printed
+    assert is_like(taken, (daemon.place / "taken").read_text().strip())
+
+
+def test_the_commands_of_the_readme(daemon: Daemon) -> None:
+    lines = [line[4:] for line in README.splitlines() if line.startswith("    ")]
+    (curl,) = [line for line in lines if line.startswith("curl ")]
+    assert is_like('{"results":[{"channel":"news","messageId":"..."}]}', shell(curl, daemon))
+    (cron,) = [line for line in lines if line.startswith("*/5 ")]
+    # As cron reads it: five fields, then a command in which a percent sign is escaped.
+    command = re.sub(r"^(\S+ ){5}", "", cron).replace(r"\%", "%")
+    printed = shell(command, daemon)
+    assert is_like('{"results":[{"channel":"news","messageId":"tick-..."}]}', printed), printed
+    (publish,) = [line for line in lines if "publish" in line]
+    printed = shell(publish.removeprefix(".venv/bin/"), daemon)
+    assert is_like('{"channel": "news", "messageId": "..."}', printed), printed
+
+
+def test_the_page_of_the_readme(daemon: Daemon, tmp_path: Path) -> None:
+    """Saved and opened from disk, in two windows: what one says both see."""
+    (page,) = re.findall(r"```html\n(.*?)```", README, re.DOTALL)
+    assert len(page.splitlines()) == 10
+    path = tmp_path / "hello.html"
+    path.write_text(page.replace("127.0.0.1:8080", f"127.0.0.1:{daemon.port}"))
+    with Browser() as browser:
+        windows = [browser.open(path.as_uri()) for _ in range(2)]
+        for window in windows:
+            window.wait_for("document.querySelector('pre').innerText.includes('\"op\":\"subscribe\"')")
+        windows[0].click("button")
+        for window in windows:
+            window.wait_for("document.querySelector('pre').innerText.includes('\"data\":\"hello\"')")
+            assert window.errors == []

@@ -1,0 +1,259 @@
+"""Handlers in this process, with pytest-tornado's fixtures: what can be brought about only from within.
+
+All else is tested with the real daemon (test_websocket.py, test_http.py).
+"""
+
+import json
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+from broker_kit import until
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPResponse
+from tornado.ioloop import IOLoop
+from tornado.web import Application
+from tornado.websocket import WebSocketClientConnection, websocket_connect
+
+from tornado_bcast.application import Inside
+from tornado_bcast.board import Board, State
+from tornado_bcast.brokers import BrokerHealth
+from tornado_bcast.config import default_config
+from tornado_bcast.handlers import make_routes
+
+Event = dict[str, Any]
+
+
+@pytest.fixture
+def inside(io_loop: IOLoop) -> Iterator[Inside]:
+    """The inside of the one worker, on a broker in memory."""
+    board = Board(1)
+    board.claim(0)
+    board.state = State.SERVING
+
+    async def make() -> Inside:
+        made = Inside(default_config(redis={"url": "memory:"}, channels={"publish_all": "anyone"}), board, 0)
+        await made.start()
+        return made
+
+    made = io_loop.run_sync(make)
+    yield made
+    io_loop.run_sync(lambda: made.close(1.0))
+
+
+@pytest.fixture
+def app(inside: Inside) -> Application:
+    return make_routes(inside)
+
+
+async def fetch(client: AsyncHTTPClient, url: str, body: Any = None, **headers: str) -> HTTPResponse:
+    """GET, or POST with a body; the answer whatever its status."""
+    options: dict[str, Any] = {"headers": headers, "raise_error": False}
+    if body is not None:
+        options |= {"method": "POST", "body": json.dumps(body)}
+    return await client.fetch(url, **options)
+
+
+class Socket:
+    """A client of Tornado's."""
+
+    def __init__(self, connection: WebSocketClientConnection) -> None:
+        self.connection = connection
+
+    async def read(self) -> Event:
+        text = await self.connection.read_message()
+        assert text is not None, (self.connection.close_code, self.connection.close_reason)
+        event: Event = json.loads(text)
+        return event
+
+    async def ask(self, **frame: Any) -> Event:
+        await self.connection.write_message(json.dumps(frame))
+        return await self.read()
+
+    async def closed(self) -> tuple[int | None, str | None]:
+        assert await self.connection.read_message() is None
+        return self.connection.close_code, self.connection.close_reason
+
+
+Connect = Callable[[], Awaitable[Socket]]
+
+
+@pytest.fixture
+def connect(io_loop: IOLoop, inside: Inside, base_url: str) -> Iterator[Connect]:
+    """Opens connections, which are closed at the end."""
+    made: list[Socket] = []
+
+    async def new() -> Socket:
+        socket = Socket(await websocket_connect(base_url.replace("http", "ws") + "/ws"))
+        made.append(socket)
+        assert (await socket.read())["op"] == "connect"
+        return socket
+
+    async def close() -> None:
+        for socket in made:
+            socket.connection.close()
+        await until(lambda: inside.metrics.connections == 0)
+
+    yield new
+    io_loop.run_sync(close)
+
+
+@pytest.mark.gen_test
+async def test_a_message_from_http_to_a_socket(
+    connect: Connect, http_client: AsyncHTTPClient, base_url: str
+) -> None:
+    socket = await connect()
+    assert (await socket.ask(type="subscribe", channel="a"))["op"] == "subscribe"
+    answer = await fetch(http_client, base_url + "/broadcast", {"channel": "a", "data": 1})
+    assert answer.code == 200
+    assert (await socket.read())["data"] == 1
+
+
+@pytest.mark.logs("internal_error")
+@pytest.mark.gen_test
+async def test_an_error_of_ours_in_a_request(
+    http_client: AsyncHTTPClient, base_url: str, inside: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says nothing of the inside, and the log nothing of the request."""
+
+    def fail(*args: object, **more: object) -> None:
+        raise RuntimeError("secret of the inside")
+
+    monkeypatch.setattr(inside.node, "publish", fail)
+    answer = await fetch(http_client, base_url + "/broadcast?token=secret", {"data": 1})
+    assert answer.code == 500
+    body = json.loads(answer.body)
+    assert body["error"]["code"] == "internal" and "secret" not in answer.body.decode()
+    assert answer.headers["Content-Type"].startswith("application/json")
+
+
+@pytest.mark.gen_test
+async def test_the_log_of_an_error_has_no_query(
+    http_client: AsyncHTTPClient,
+    base_url: str,
+    inside: Inside,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(inside.node.broker, "health", lambda: 1 / 0)
+    assert (await fetch(http_client, base_url + "/health?token=secret")).code == 500
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.event == "internal_error" and record.exc_info  # type: ignore[attr-defined]
+    assert "secret" not in caplog.text and "/health" not in record.getMessage()
+
+
+@pytest.mark.logs("internal_error")
+@pytest.mark.parametrize("command", ["broadcast", "subscribe"])
+@pytest.mark.gen_test
+async def test_an_error_of_ours_in_a_command(
+    connect: Connect,
+    http_client: AsyncHTTPClient,
+    base_url: str,
+    inside: Inside,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    """The client is told, and its connection lives on."""
+
+    def fail(*args: object, **more: object) -> None:
+        raise RuntimeError("secret of the inside")
+
+    socket = await connect()
+    with monkeypatch.context() as patch:
+        patch.setattr(inside.node, "publish", fail)
+        patch.setattr(inside.node, "join", fail)
+        error = await socket.ask(type=command, channel="a", data=1, messageId="m")
+        assert (error["code"], error["messageId"], error["channel"]) == ("internal", "m", "a")
+        assert "secret" not in error["message"]
+    answer = await socket.ask(type=command, channel="a", data=1, messageId="m2")
+    assert (answer["type"], answer["messageId"]) == ("ack", "m2")
+
+
+@pytest.mark.gen_test
+async def test_a_worker_that_drains(
+    connect: Connect, http_client: AsyncHTTPClient, base_url: str, inside: Inside
+) -> None:
+    """A load balancer sees it, and who comes all the same is served until the worker closes."""
+    inside.board.state = State.DRAINING
+    for path, status in (("/health", 503), ("/health/ready", 503), ("/health/live", 200)):
+        answer = await fetch(http_client, base_url + path)
+        assert answer.code == status, path
+    body = json.loads((await fetch(http_client, base_url + "/health")).body)
+    assert body["status"] == "draining"
+    assert (await fetch(http_client, base_url + "/broadcast", {"channel": "a", "data": 1})).code == 200
+    socket = await connect()
+    inside.closing = True
+    with pytest.raises(HTTPClientError) as caught:
+        await connect()
+    assert caught.value.code == 503
+    inside.closing = False
+    inside.board.state = State.SERVING
+    assert (await socket.ask(type="subscribe", channel="a"))["type"] == "ack"
+
+
+@pytest.mark.gen_test
+async def test_what_a_broker_complains_of_is_told(
+    http_client: AsyncHTTPClient, base_url: str, inside: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A problem that an operator should mend is no reason to send traffic elsewhere."""
+    problem = "maxmemory-policy is allkeys-lru"
+    monkeypatch.setattr(inside.node.broker, "health", lambda: BrokerHealth(True, 0.001, problem))
+    answer = await fetch(http_client, base_url + "/health")
+    body = json.loads(answer.body)
+    assert (answer.code, body["status"], body["redis"]) == (503, "degraded", "up")
+    assert body["problem"] == problem
+    assert (await fetch(http_client, base_url + "/health/ready")).code == 200
+
+
+@pytest.mark.gen_test
+async def test_new_rules_and_limits_hold_for_open_connections(
+    connect: Connect, http_client: AsyncHTTPClient, base_url: str, inside: Inside
+) -> None:
+    socket = await connect()
+    assert (await socket.ask(type="subscribe", channel="a"))["type"] == "ack"
+    changes: Mapping[str, Mapping[str, str]] = {
+        "redis": {"url": "memory:"},
+        "channels": {"publish": "server", "subscribe": "nobody"},
+        "cors": {"origins": "https://only.example"},
+        "limits": {"max_subscriptions": "1"},
+    }
+    inside.configure(default_config(**changes))
+    assert (await socket.ask(type="broadcast", channel="a", data=1))["code"] == "forbidden"
+    assert (await socket.ask(type="broadcast", data=1))["code"] == "forbidden"
+    assert (await socket.ask(type="subscribe", channel="b"))["code"] == "forbidden"
+    answer = await fetch(http_client, base_url + "/health", Origin="https://other.example")
+    assert answer.code == 403
+    # What it has it keeps.
+    await fetch(http_client, base_url + "/broadcast", {"channel": "a", "data": 2})
+    assert (await socket.read())["data"] == 2
+
+
+@pytest.mark.gen_test
+async def test_closing_says_goodbye(
+    connect: Connect, http_client: AsyncHTTPClient, base_url: str, inside: Inside
+) -> None:
+    sockets = [await connect() for _ in range(4)]
+    IOLoop.current().spawn_callback(inside.close, 2.0)
+    reasons = []
+    for socket in sockets:
+        code, reason = await socket.closed()
+        assert code == 1012 and reason is not None
+        reasons.append(json.loads(reason)["retryAfter"])
+    assert len(set(reasons)) > 1
+    await until(lambda: inside.metrics.connections == inside.board.own_sockets == 0)
+
+
+@pytest.mark.gen_test
+async def test_what_is_counted_is_given_back(
+    connect: Connect, http_client: AsyncHTTPClient, base_url: str, inside: Inside
+) -> None:
+    for _ in range(3):
+        sockets = [await connect() for _ in range(3)]
+        for socket in sockets:
+            await socket.ask(type="subscribe", channel="a")
+        assert (inside.metrics.connections, inside.metrics.subscriptions) == (3, 3)
+        assert inside.board.own_sockets == 3 and inside.hub.count("a") == 3
+        for socket in sockets:
+            socket.connection.close()
+        await until(lambda: inside.metrics.connections == 0)
+        assert inside.metrics.subscriptions == inside.board.own_sockets == inside.hub.count("a") == 0
+    assert not inside._connections
