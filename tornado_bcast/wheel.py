@@ -1,6 +1,6 @@
 """A timer wheel: many items with due times behind one timer (heartbeats, acks). Knows no clock."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -31,7 +31,10 @@ class Wheel(Generic[Item]):
     def expired(self, now: float) -> Iterator[Item]:
         """Take out and yield what is due: never early, and late by at most one tick."""
         turn = int(now / self._tick)
-        due = sorted(slot for slot in self._slots if slot <= turn)
+        # Few slots have passed, unless it is the first time; there may be many that have not.
+        due: Iterable[int] = range(self._turned + 1, turn + 1)
+        if turn - self._turned > len(self._slots):
+            due = sorted(slot for slot in self._slots if slot <= turn)
         self._turned = turn
         for slot in due:
-            yield from self._slots.pop(slot)
+            yield from self._slots.pop(slot, ())
