@@ -349,7 +349,7 @@ class TestOutage:
             start = loop.time()
         assert loop.time() - start < 1
         for future in waiting:
-            assert await fate(future) == "the server is stopping"
+            assert await fate(future) in ("the server is stopping", "Redis cannot be reached")
         with pytest.raises(Unavailable):
             await subscribing
 
@@ -514,6 +514,17 @@ class TestRefusals:
             future = node.broker.publish(publication("p", "new", persistent=True))
             await until(lambda: node.broker.health().problem == "Redis is loading its data")
             assert (await future).seq == 1501
+
+    @asynchronous
+    async def test_an_old_server_stays_unused(self, caplog: pytest.LogCaptureFixture) -> None:
+        info = b"redis_version:6.0.16\r\nrole:master\r\n"
+        with impostor(b"$%d\r\n%s\r\n" % (len(info), info), b"+OK\r\n") as url:
+            async with node_on(url, publish_timeout=0.5) as node:
+                await until(lambda: "too old" in (node.broker.health().problem or ""))
+                assert await refusal(node, "a", 1) == "Redis cannot be reached"
+                assert not node.broker.health().up
+        assert events(caplog) == {"redis_down": 1}
+        assert caplog.records[0].levelname == "ERROR"
 
     @asynchronous
     async def test_a_policy_that_throws_keys_away(self, make: Make, caplog: pytest.LogCaptureFixture) -> None:

@@ -245,6 +245,7 @@ async def test_subscribing_twice_is_once(daemon: Daemon) -> None:
         for _ in range(3):
             assert (await client.ask("subscribe", channel="twofold"))["type"] == "ack"
         await client.ask("broadcast", channel="twofold", data=1)
+        assert await client.messages(1) == [1]
         await client.ask("unsubscribe", channel="twofold")
         await client.ask("broadcast", channel="twofold", data=2)
         assert await client.is_alive()
@@ -626,7 +627,10 @@ async def test_clients_that_vanish(daemon: Daemon) -> None:
     async def vanish(number: int, publisher: Client) -> None:
         raw = Raw(daemon.ws_url, window=4096)
         async with raw:
-            if number % 5 == 1:
+            if number % 5 == 0:
+                await raw.send(client_frame(b"", rsv=1))
+                raw.abort()
+            elif number % 5 == 1:
                 await raw.send(client_frame(b"x" * 1000)[:-7])
             elif number % 5 == 2:
                 await raw.send_json(type="subscribe", channel="vanish")

@@ -6,6 +6,7 @@
 import asyncio
 import json
 import logging
+import resource
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -41,6 +42,8 @@ _RETURNS_PER_SECOND = 100
 
 # Connections that are looked at in one turn of the loop after a reload.
 _AT_ONCE = 200
+# Descriptors of a worker that are not for clients: Redis, the log, the loop, files, HTTP that comes and goes.
+_RESERVED_DESCRIPTORS = 100
 
 Close = Callable[[float], Awaitable[None]]
 Configure = Callable[[Config], None]
@@ -56,6 +59,12 @@ def make_broker(config: Config) -> Broker:
         publish_timeout=config.redis.publish_timeout,
         wait_replicas=config.redis.wait_replicas,
     )
+
+
+def _descriptors_for_clients() -> int:
+    """How many WebSocket connections the descriptors of one worker allow."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(limit - _RESERVED_DESCRIPTORS, limit // 2)
 
 
 async def make_application(config: Config, board: Board, index: int) -> tuple[Application, Close, Configure]:
@@ -75,7 +84,7 @@ class Inside:
         self.heartbeat: Heartbeat[Connection] = Heartbeat(config.heartbeat.interval, config.heartbeat.timeout)
         self.expiries: Wheel[Connection] = Wheel(TICK)
         self.refusals = RefusalLog(logging.getLogger("tornado_bcast.refusals"))
-        self.capacity = config.server.max_connections
+        self.capacity = config.server.max_connections or board.workers * _descriptors_for_clients()
         self.closing = False
         self.started = time.monotonic()
         self.configure(config)

@@ -116,6 +116,8 @@ class Dispatch:
         self._hub.remove(topic.channel, subscriber.sink)
         topic.live.pop(subscriber.sink, None)
         topic.behind.pop(subscriber.sink, None)
+        if subscriber.slot is not None:
+            self._wheel.discard(subscriber, subscriber.slot)
 
     def acknowledge(self, subscriber: Subscriber, epoch: str | None, seq: int) -> bool:
         """A client has processed all up to `seq`. True: its position moved."""
@@ -258,9 +260,15 @@ class Dispatch:
     def _watch(self, subscriber: Subscriber) -> None:
         """See to it that the wheel comes by when the subscriber's acks are due."""
         delivery = subscriber.delivery
-        if delivery is not None and delivery.due is not None and not subscriber.watched:
-            subscriber.watched = True
-            self._wheel.add(subscriber, delivery.due)
+        if delivery is None or delivery.due is None:
+            return
+        if subscriber.slot is not None:
+            # Mostly it is due later than before, and that is seen when its slot comes. Earlier is only who has
+            # made progress after waits that had doubled.
+            if self._wheel.slot(delivery.due) >= subscriber.slot:
+                return
+            self._wheel.discard(subscriber, subscriber.slot)
+        subscriber.slot = self._wheel.add(subscriber, delivery.due)
 
     def _expire(self, subscriber: Subscriber, now: float) -> None:
         delivery = subscriber.delivery
@@ -290,7 +298,7 @@ class Dispatch:
                     delivery.watch(now)
                     self._watch(subscriber)
         for subscriber in self._wheel.expired(now):
-            subscriber.watched = False
+            subscriber.slot = None
             self._expire(subscriber, now)
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:

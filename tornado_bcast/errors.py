@@ -52,7 +52,6 @@ class CloseCode(IntEnum):
     """
 
     GOING_AWAY = 1001
-    UNSUPPORTED_DATA = 1003
     TOO_BIG = 1009
     RESTART = 1012
     TRY_AGAIN_LATER = 1013

@@ -146,7 +146,11 @@ class Node:
 
     def on_gap(self, channels: list[str]) -> None:
         topics = [topic for name in channels if (topic := self._topics.get(name)) is not None]
-        self._spawn(self._check_heads([topic for topic in topics if topic.rule.persistent and topic.epoch]))
+        for topic in topics:
+            if topic.filling is not None:
+                # What is being read may be of before the gap.
+                topic.doubt()
+        self._spawn(self._check_heads([topic for topic in topics if topic.rule.persistent]))
 
     # Interest
 
@@ -218,7 +222,7 @@ class Node:
         return oldest, False
 
     async def _caught_up(self, topic: Topic) -> None:
-        self._fill_soon(topic)
+        self._fill_again(topic)
         assert topic.filling is not None
         done, _ = await asyncio.wait({topic.filling}, timeout=self._join_timeout)
         if not done:
@@ -228,8 +232,14 @@ class Node:
 
     def _fill_soon(self, topic: Topic) -> None:
         """Read what this node has missed, unless that is under way."""
-        if topic.filling is None and topic.users:
+        under_way = topic.filling is not None and not topic.filling.done()
+        if not under_way and self._topics.get(topic.channel) is topic:
             topic.filling = self._spawn(self._fill(topic))
+
+    def _fill_again(self, topic: Topic) -> None:
+        """The same, but what is being read already does not count."""
+        topic.doubt()
+        self._fill_soon(topic)
 
     async def _fill(self, topic: Topic) -> None:
         """Read the stream until the node's head has caught up; at the first time, only where it stands."""
@@ -293,7 +303,7 @@ class Node:
                 head = heads.get(topic.channel)
                 # Where the heads are not to be had, filling is what goes on asking.
                 if head is None or head.epoch != topic.epoch or not seq <= head.seq <= topic.seq:
-                    self._fill_soon(topic)
+                    self._fill_again(topic)
 
     # Timers
 

@@ -94,6 +94,10 @@ class Topic:
         there = {**history.ends, history.epoch: history.seq}
         return max((min(here[epoch], there[epoch]) for epoch in here.keys() & there.keys()), default=0)
 
+    def doubt(self) -> None:
+        """Messages may have been missed: what was read before now does not show that this node has all."""
+        self.heard = ("", 0)
+
     def is_caught_up(self, history: History) -> bool:
         """Whether a read has shown everything, also what was dropped while it was under way.
 
@@ -111,7 +115,7 @@ class Topic:
 class Subscriber:
     """One connection's subscription to a channel, as the node sees it. `delivery` None: not persistent."""
 
-    __slots__ = ("closed", "delivery", "on_lost", "on_overdue", "reading", "sink", "topic", "watched")
+    __slots__ = ("closed", "delivery", "on_lost", "on_overdue", "reading", "sink", "slot", "topic")
 
     def __init__(
         self,
@@ -130,6 +134,6 @@ class Subscriber:
         self.on_overdue = on_overdue
         # A piece of the stream is being read for it.
         self.reading = False
-        # It stands on the wheel.
-        self.watched = False
+        # Its place on the wheel; None while it is not there.
+        self.slot: int | None = None
         self.closed = False

@@ -17,9 +17,13 @@ class Wheel(Generic[Item]):
         # The last slot that was emptied; what is overdue already goes into the next one.
         self._turned = -1
 
+    def slot(self, due: float) -> int:
+        """Where an item with this due time stands: the earlier, the lower."""
+        return max(int(due / self._tick) + 1, self._turned + 1)
+
     def add(self, item: Item, due: float) -> int:
         """Put an item in; the slot returned takes it out again by `discard`."""
-        slot = max(int(due / self._tick) + 1, self._turned + 1)
+        slot = self.slot(due)
         self._slots.setdefault(slot, {})[item] = None
         return slot
 
@@ -27,6 +31,9 @@ class Wheel(Generic[Item]):
         items = self._slots.get(slot)
         if items is not None:
             items.pop(item, None)
+            if not items:
+                # Its turn may be days away.
+                del self._slots[slot]
 
     def expired(self, now: float) -> Iterator[Item]:
         """Take out and yield what is due: never early, and late by at most one tick."""

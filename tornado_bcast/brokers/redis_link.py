@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 import redis.exceptions
 from hiredis import pack_command
+from redis.asyncio.connection import AbstractConnection, SSLConnection, parse_url
 from redis.asyncio.connection import Connection as TcpConnection
-from redis.asyncio.connection import parse_url
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
@@ -78,11 +78,12 @@ def mask_url(url: str) -> str:
     return f"{parts.scheme}://{place}{parts.path}"
 
 
-def connection_maker(url: str) -> Callable[[str], Connection]:
-    """A constructor of connections to this URL, which takes their name for CLIENT LIST.
+# Makes a connection: its name for CLIENT LIST, and what to do on it once its socket stands.
+Make = Callable[[str, Callable[[Any], Awaitable[None]]], Connection]
 
-    Raises ConfigError where the URL cannot be understood.
-    """
+
+def connection_maker(url: str) -> Make:
+    """A constructor of connections to this URL. Raises ConfigError where the URL cannot be understood."""
     try:
         arguments: dict[str, Any] = dict(parse_url(url))
         make: Callable[..., Connection] = arguments.pop("connection_class", TcpConnection)
@@ -102,11 +103,19 @@ def connection_maker(url: str) -> Callable[[str], Connection]:
             "socket_connect_timeout": CONNECT_TIMEOUT,
             "driver_info": None,
         }
-        make(**arguments)
+        first = make(**arguments)
     except (ValueError, TypeError, RedisError) as error:
         reason = str(error).replace("AbstractConnection.__init__() ", "")
         raise ConfigError([f"[redis] url: {mask_url(url)} cannot be used: {reason}"]) from None
-    return lambda name: make(**arguments, client_name=f"tornado-bcast-{name}")
+
+    def make_one(name: str, begin: Callable[[Any], Awaitable[None]]) -> Connection:
+        connection = make(**arguments, client_name=f"tornado-bcast-{name}", redis_connect_func=begin)
+        if isinstance(connection, SSLConnection) and isinstance(first, SSLConnection):
+            # Reading the authorities takes tens of milliseconds, so it is done once and not at each attempt.
+            connection.ssl_context = first.ssl_context
+        return connection
+
+    return make_one
 
 
 def read_info(text: bytes) -> Server:
@@ -228,7 +237,7 @@ class Link:
     def __init__(
         self,
         name: str,
-        make: Callable[[str], Connection],
+        make: Make,
         condition: Condition,
         prepare: Prepare | None = None,
     ) -> None:
@@ -243,8 +252,9 @@ class Link:
         # Failures since the last success: the exponent of the backoff.
         self._failures = 0
         self._connection: Connection | None = None
-        # Its transport. redis-py closes in good order only, and that never ends while the other side takes
-        # nothing: the socket and all that was written would stay, to be sent some day.
+        # Its transport. redis-py closes in good order only, and that does not end while the other side takes
+        # nothing (or says nothing, with TLS): the socket and all that was written would stay, to be sent
+        # some day. So it is aborted.
         self._transport: asyncio.WriteTransport | None = None
 
     async def connect(self) -> Connection:
@@ -254,12 +264,9 @@ class Link:
                 # Full jitter: after an outage the workers of all nodes do not come at once.
                 longest = min(BACKOFF_CAP, BACKOFF_BASE * 2 ** (self._failures - 1))
                 await asyncio.sleep(random.uniform(0, longest))
-            connection = self._connection = self._make(self.name)
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT):
-                    await connection.connect()
-                    self._transport = transport_of(connection)
-                    self.server = read_info(await ask(connection, "INFO"))
+                    connection = await self.open()
                     if self.server.replica:
                         raise Unusable(str(self.server.problem))
                     if self.server.loading:
@@ -273,6 +280,19 @@ class Link:
             self._condition.judge(self.server)
             self._condition.found(self.name, asyncio.get_running_loop().time())
             return connection
+
+    async def open(self) -> Connection:
+        """Try once, as far as the server's own word on itself."""
+        connection = self._connection = self._make(self.name, self._begin)
+        await connection.connect()
+        self.server = read_info(await ask(connection, "INFO"))
+        return connection
+
+    async def _begin(self, connection: AbstractConnection) -> None:
+        """The socket stands: greet. As early as here, for a greeting may be broken off."""
+        writer = getattr(connection, "_writer", None)
+        self._transport = None if writer is None else writer.transport
+        await connection.on_connect()
 
     async def prepare(self, connection: Connection) -> None:
         """Do once more what the connection was prepared with."""
@@ -302,12 +322,6 @@ class Link:
             await asyncio.sleep(0)
 
 
-def transport_of(connection: Connection) -> asyncio.WriteTransport | None:
-    """What redis-py has no public name for."""
-    writer: asyncio.StreamWriter | None = getattr(connection, "_writer", None)
-    return None if writer is None else writer.transport
-
-
 async def ask(connection: Connection, *command: str | bytes | int) -> Any:
     """One command, one answer; an error answer is raised."""
     await connection.send_packed_command([pack(command)])
@@ -320,17 +334,16 @@ def check_server(url: str) -> str | None:
     Raises ConfigError where waiting would not help: no Redis, too old a one, a refused password or
     certificate. Returns a warning where it cannot be reached or is still loading; None where all is well.
     """
-    make = connection_maker(url)
+    link = Link("check", connection_maker(url), Condition(url))
     place = mask_url(url)
 
     async def look() -> Server:
-        connection = make("check")
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                await connection.connect()
-                return read_info(await ask(connection, "INFO"))
+                await link.open()
+                return link.server
         finally:
-            await connection.disconnect(nowait=True)
+            await link.close()
 
     try:
         server = asyncio.run(look())

@@ -53,7 +53,7 @@ class Context(Protocol):
     metrics: Metrics
     refusals: RefusalLog
     keeper: Keeper
-    # WebSocket connections that may be open at once over all workers; 0: no limit.
+    # WebSocket connections that may be open at once over all workers.
     capacity: int
     # The clients are being told to leave: no new ones.
     closing: bool

@@ -49,7 +49,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         self._count_as_client()
         if self.context.closing:
             self.finish_error(503, "unavailable", "This server is stopping; connect again.")
-        elif 0 < self.context.capacity <= board.sockets():
+        elif self.context.capacity <= board.sockets():
             setting = "[server] max_connections"
             self.refuse(
                 Refusal(

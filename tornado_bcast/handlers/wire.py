@@ -174,6 +174,9 @@ class Wire:
     def _hang_up(self) -> None:
         # Closing a socket with unread bytes resets it, and the peer might never see the last frame: so only
         # our half is closed, and what still comes is read away until the peer hangs up or the time is over.
+        if self._stream.closed():
+            # The peer has hung up, and the last frame told us so.
+            return
         if isinstance(self._stream, SSLIOStream):
             self._stream.close()
             return
