@@ -142,6 +142,8 @@ class SocketPublisher:
         self._orders: dict[str, tuple[int, int]] = {}
         # Message id -> when it is sent again.
         self._again: dict[str, float] = {}
+        # In a tunnel: what is answered is lost with the connection.
+        self._tunnel = False
 
     async def run(self) -> None:
         failures = 0
@@ -167,11 +169,13 @@ class SocketPublisher:
         number = next(self._connections)
         places = count()
         outbox = self._outbox
+        self._tunnel = False
         self._again = dict.fromkeys(outbox.open, 0.0)
-        cut_at = time.monotonic() + random.uniform(2, 8)
+        cut_at = time.monotonic() + random.uniform(1, 5)
         while self._world.publishing or outbox.open:
             now = time.monotonic()
-            if now > cut_at and not self._world.calm:
+            self._tunnel = now > cut_at and not self._world.calm
+            if self._tunnel and now > cut_at + 0.2:
                 socket.transport.abort()
             due = [message_id for message_id, at in self._again.items() if at <= now]
             for message_id in due:
@@ -187,6 +191,8 @@ class SocketPublisher:
         await socket.close()
 
     def _hear(self, event: Event) -> None:
+        if self._tunnel:
+            return
         if event["type"] == "ack" and event["op"] == "broadcast":
             self._outbox.take(event, self._orders[event["messageId"]])
         elif event["type"] == "error":
@@ -223,7 +229,10 @@ class HttpPublisher:
     async def _post(self, messages: list[Event]) -> None:
         number = next(self._requests)
         body = {"messages": messages} if self._size > 1 else messages[0]
-        answer = await http(self._world.url, "POST", "/broadcast", body)
+        # Now and then it does not wait for the answer.
+        patience = 0.01 if random.random() < 0.05 and not self._world.calm else 30
+        async with asyncio.timeout(patience):
+            answer = await http(self._world.url, "POST", "/broadcast", body)
         if answer.status not in (200, 503):
             self._ledger.complain(f"POST /broadcast was answered {answer}")
             return
@@ -361,6 +370,8 @@ class Subscriber:
             now = time.monotonic()
             if self._world.calm:
                 stalled_until, cut_at = 0.0, float("inf")
+            if self._kind.stall:
+                stalled_until = max(stalled_until, self._world.stalled_until)
             if now >= stalled_until and self._kind.stall and random.random() < 0.03:
                 stalled_until = now + random.uniform(0.6, self._kind.stall)
                 cut_at = max(cut_at, stalled_until - 1)
@@ -522,6 +533,7 @@ class World:
         self.old_sessions = old_sessions
         # Nobody makes trouble any more: no cut connections, no late acks.
         self.calm = False
+        self.stalled_until = 0.0
         self.subscribers = [self._subscriber(number) for number in range(self.SUBSCRIBERS)]
         self._publishers: list[asyncio.Task[None]] = []
         self._readers: list[asyncio.Task[None]] = []
@@ -562,6 +574,10 @@ class World:
         for end in ends:
             if isinstance(end, Exception):
                 self.ledger.complain(f"one of our own failed: {end!r}")
+
+    def stall(self, seconds: float) -> None:
+        """All who do that now and then do it at once: they ack nothing for so long."""
+        self.stalled_until = time.monotonic() + seconds
 
     async def finish_publishing(self) -> None:
         """No new messages; wait until those that were sent are acknowledged."""
