@@ -263,7 +263,7 @@ class Dispatch:
         if delivery is None or delivery.due is None:
             return
         if subscriber.slot is not None:
-            # Mostly it is due later than before, and that is seen when its slot comes. Earlier is only who has
+            # Mostly it is due later than before, and that is seen when its slot comes. Earlier is who has
             # made progress after waits that had doubled.
             if self._wheel.slot(delivery.due) >= subscriber.slot:
                 return
