@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from .brokers import BusMessage, SessionStore
 from .errors import CloseCode, Unavailable
+from .rules import Principal
 from .session import Session
 from .wheel import Wheel
 
@@ -69,17 +70,17 @@ class Keeper:
         while self._saving:
             await asyncio.wait(self._saving)
 
-    async def resume(self, session_id: str, principal: str) -> Session | None:
+    async def resume(self, session_id: str, who: Principal) -> Session | None:
         """Take a session over from whoever holds it. None: there is none of this id and principal.
 
         Raises Unavailable when the store cannot say.
         """
         name = Session.name(session_id)
-        stored = await self._store.resume(name, principal, self.channel, self._stored_for)
+        stored = await self._store.resume(name, who.sub, self.channel, self._stored_for)
         if stored is None:
             return None
         session = Session(stored, session_id)
-        session.principal = principal
+        session.who = who
         return session
 
     def add(self, session: Session, end: End) -> None:

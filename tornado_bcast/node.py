@@ -17,6 +17,7 @@ from .hub import Hub
 from .metrics import Metrics
 from .protocol import Position
 from .reader import PIECE, StreamReader
+from .rules import ChannelRules
 from .topic import Topic
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,14 @@ class Node:
                 self._listed = [name for name in names if not name.startswith("$")]
                 self._listed_at = asyncio.get_running_loop().time()
         return self._listed
+
+    def use_rules(self, rules: ChannelRules) -> None:
+        """Take over new rules for the channels in use. What is persistent stays so as long as it is used."""
+        self._everybody.rule = rules.everybody
+        for topic in self._topics.values():
+            rule = rules.find(topic.channel)
+            if rule.persistent == topic.rule.persistent:
+                topic.rule = rule
 
     # Publishing
 
