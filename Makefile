@@ -26,3 +26,6 @@ lint: $(VENV)/test ## ruff, ruff format and mypy --strict
 
 test: lint ## lint and every test; installs what it needs
 	$(BIN)/pytest -n 2
+
+bench: $(VENV)/test ## the benchmark, at most 10 minutes: bench/RESULTS.md (BENCH=--quick for a smoke run)
+	$(BIN)/python bench/run.py $(BENCH)

@@ -45,7 +45,7 @@ brokers.redis_bridge brokers.redis_canary brokers.redis_sessions
 brokers.redis_commands
 brokers.redis_pipeline
 brokers.redis_link brokers.memory brokers.embedded
-brokers hub acceptor client forks
+brokers hub acceptor client forks eventloop
 sink delivery protocol metrics heartbeat board
 auth reload
 rules wheel frames

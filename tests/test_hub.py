@@ -10,6 +10,9 @@ from tornado_bcast.sink import Sink, SlowConsumer
 class Recorder:
     """A sink that takes everything, or nothing."""
 
+    # So that it is asked, and its socket is not.
+    clear = False
+
     def __init__(self, takes: bool = True) -> None:
         self.takes = takes
         self.got: list[tuple[str, bytes, SlowConsumer]] = []

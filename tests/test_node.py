@@ -83,6 +83,9 @@ class _Ear:
 class Ears:
     """A sink that records each send. Not `ready`: it has a queue, and takes nothing that may wait."""
 
+    # So that it is asked, and its socket is not.
+    clear = False
+
     def __init__(self) -> None:
         self.sends: list[tuple[str, int, SlowConsumer]] = []
         self.heard: list[Any] = []

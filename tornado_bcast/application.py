@@ -20,6 +20,7 @@ from .brokers.memory import MemoryBroker
 from .brokers.redis import RedisBroker
 from .config import Config
 from .errors import CloseCode
+from .eventloop import until_tick
 from .handlers import make_routes
 from .handlers.base import Connection
 from .handlers.connection import ping_frames
@@ -181,8 +182,9 @@ class Inside:
 
     async def _turn_heartbeat(self) -> None:
         while True:
-            due = time.monotonic() + TICK
-            await asyncio.sleep(TICK)
+            wait = until_tick(TICK)
+            due = time.monotonic() + wait
+            await asyncio.sleep(wait)
             now = time.monotonic()
             self.metrics.loop_lag = now - due
             ping, dead = self.heartbeat.turn(now)
@@ -203,7 +205,7 @@ class Inside:
             self.metrics.tick(now)
             self.refusals.sweep(now)
             self.board.put_snapshot(self._row())
-            await asyncio.sleep(ROW_SECONDS)
+            await asyncio.sleep(until_tick(ROW_SECONDS))
 
     # Statistics
 

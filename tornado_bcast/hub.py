@@ -48,5 +48,18 @@ class Hub:
         key = channel or ""
         # A tuple first: closing a connection changes the dict, and that must wait for the end of the loop.
         listening = tuple(sinks)
-        refused = [sink for sink in listening if not sink.send(key, data, frames, policy)]
+        refused: list[Sink] = []
+        size = len(data)
+        # What `Sink.send` does while all goes well, without a call for each: here it is a tenth of the whole.
+        for sink in listening:
+            if sink.clear:
+                try:
+                    sent = sink.transmit(data)
+                except OSError as error:
+                    sink.on_error(data, error)
+                else:
+                    if sent != size:
+                        sink.begin(data, sent)
+            elif not sink.send(key, data, frames, policy):
+                refused.append(sink)
         return len(listening) - len(refused), refused

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from .brokers import BusMessage, SessionStore
 from .errors import CloseCode, Unavailable
+from .eventloop import until_tick
 from .rules import Principal
 from .session import Session
 from .wheel import Wheel
@@ -59,10 +60,12 @@ class Keeper:
     async def run(self) -> None:
         """The keeper's clock, until cancelled."""
         while True:
-            await asyncio.sleep(_TICK)
+            await asyncio.sleep(until_tick(_TICK))
             for kept in self._wheel.expired(time.monotonic()):
+                # A change that was to be saved may have gone with another one.
+                if not kept.soon or kept.session.changed or not kept.session.is_stored:
+                    self._save_later(kept.session, kept.end)
                 kept.soon = False
-                self._save_later(kept.session, kept.end)
                 self._schedule(kept)
 
     async def flush(self) -> None:

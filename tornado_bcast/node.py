@@ -13,6 +13,7 @@ from .brokers import Broker, BusMessage, History, Publication, Receipt
 from .config import ChannelRule
 from .dispatch import TICK, Dispatch, spread
 from .errors import Unavailable
+from .eventloop import until_tick
 from .hub import Hub
 from .metrics import Metrics
 from .protocol import Position
@@ -310,7 +311,7 @@ class Node:
     async def _turn(self) -> None:
         """The node's one timer."""
         while True:
-            await asyncio.sleep(TICK)
+            await asyncio.sleep(until_tick(TICK))
             self.dispatch.turn()
             topics = next(self._head_checks)
             if topics:

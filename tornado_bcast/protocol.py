@@ -263,7 +263,9 @@ def encode_redelivery(payload: bytes, count: int) -> bytes:
 def encode_ack(op: str, timestamp: int, **fields: Any) -> bytes:
     """The JSON of an `ack`. Fields that are None are left out."""
     event: dict[str, Any] = {"type": "ack", "op": op}
-    event.update((name, value) for name, value in fields.items() if value is not None)
+    for name, value in fields.items():
+        if value is not None:
+            event[name] = value
     event["timestamp"] = timestamp
     return dump(event)
 

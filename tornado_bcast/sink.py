@@ -50,13 +50,14 @@ class Sink:
         "_direct",
         "_ended",
         "_entries",
+        "_gathered",
         "_latest",
         "_limit",
         "_owner",
         "_queued",
-        "_send",
         "_stream",
         "clear",
+        "transmit",
     )
 
     def __init__(self, stream: IOStream, owner: SinkOwner, limit: int, *, direct: bool) -> None:
@@ -66,7 +67,8 @@ class Sink:
         self._limit = limit
         # False for TLS: every byte has to pass the stream.
         self._direct = direct
-        self._send = stream.socket.send
+        # The socket's own send, for `clear` sinks alone; see `Hub.fan_out`.
+        self.transmit = stream.socket.send
         # The last frame has been given: nothing may follow it (RFC 6455, section 5.5.1).
         self._ended = False
         # Nothing is queued or being written: the next frame may go straight to the socket.
@@ -76,6 +78,8 @@ class Sink:
         # Both exist only while something is queued: an idle connection pays nothing for them.
         self._entries: deque[_Entry] | None = None
         self._latest: dict[str, _Entry] | None = None
+        # Answers of this turn of the loop that leave together; None: none.
+        self._gathered: list[bytes] | None = None
 
     @property
     def queued(self) -> int:
@@ -84,23 +88,53 @@ class Sink:
 
     def send(self, channel: str, data: bytes, frames: Sequence[bytes], policy: SlowConsumer) -> bool:
         """Send a channel's messages: `data` is `frames` joined. False: not taken, by policy `wait` alone."""
-        if self.clear:
-            try:
-                sent = self._send(data)
-            except BlockingIOError:
-                sent = 0
-            except OSError:
-                # The peer is gone; the read side of the stream finds that out and ends the connection.
-                self.clear = False
-                return True
-            if sent == len(data):
-                return True
-            self._begin(data, sent)
+        if not self.clear:
+            return self._enqueue(channel, data, frames, policy)
+        try:
+            sent = self.transmit(data)
+        except OSError as error:
+            self.on_error(data, error)
+        else:
+            if sent != len(data):
+                self.begin(data, sent)
+        return True
+
+    def on_error(self, data: bytes, error: OSError) -> None:
+        """The socket has taken nothing of `data`."""
+        if isinstance(error, BlockingIOError):
+            self.begin(data, 0)
+        else:
+            # The peer is gone; the read side of the stream finds that out and ends the connection.
+            self.clear = False
+
+    def begin(self, data: bytes, sent: int) -> None:
+        """The socket has taken so many bytes of `data`: the rest is finished whatever the policy says."""
+        self.clear = False
+        if not self._write(memoryview(data)[sent:]):
+            self._drain()
+
+    def gather(self, data: bytes) -> bool:
+        """Like `answer`, but what comes in one turn of the loop leaves together; messages may pass it.
+
+        True: it is the first, and the caller has `release` called at the end of the turn.
+        """
+        if self._gathered is None:
+            self._gathered = [data]
             return True
-        return self._enqueue(channel, data, frames, policy)
+        self._gathered.append(data)
+        return False
+
+    def release(self) -> None:
+        """Send what has gathered and has not left yet."""
+        gathered, self._gathered = self._gathered, None
+        if gathered is not None:
+            self.answer(gathered[0] if len(gathered) == 1 else b"".join(gathered))
 
     def answer(self, data: bytes) -> None:
         """Send frames that are not a channel's messages, after all that is queued. Never dropped."""
+        if self._gathered is not None:
+            data = b"".join((*self._gathered, data))
+            self._gathered = None
         if self.clear:
             self.send("", data, (data,), "disconnect")
         elif self._ended:
@@ -112,6 +146,7 @@ class Sink:
 
     def end(self, data: bytes) -> None:
         """Send a last frame after all that is queued, whatever the bound. What comes later is dropped."""
+        self.release()
         if self.clear:
             self.send("", data, (data,), "disconnect")
         elif not self._ended:
@@ -128,12 +163,6 @@ class Sink:
             self._latest = None
             if last is not None:
                 self._entries.append(last)
-
-    def _begin(self, data: bytes, sent: int) -> None:
-        # A frame that has begun is finished whatever the policy says, or the stream of frames would break.
-        self.clear = False
-        if not self._write(memoryview(data)[sent:]):
-            self._drain()
 
     def _enqueue(self, channel: str, data: bytes, frames: Sequence[bytes], policy: SlowConsumer) -> bool:
         if self._ended:

@@ -31,6 +31,7 @@ from tornado.netutil import ssl_wrap_socket
 from .acceptor import Acceptor
 from .board import Board, State
 from .config import Config
+from .eventloop import new_event_loop, until_tick
 from .reload import take_over
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ STOP_SECONDS = 3.0
 _POLL_SECONDS = 0.02
 # What Tornado takes for no limit (httpserver.py).
 _NO_TIMEOUT = 3600.0
+# A connection is some dozens of objects that stay. With Python's own thresholds (700, 10, 10) a collection
+# comes with every tenth of them, and looks at all that have come before as well.
+GC_THRESHOLDS = (20_000, 20, 20)
 # Bytes; Tornado's default of 100 MB would be buffered for everybody who sends them.
 _MAX_BODY = 64 * 1024
 
@@ -61,7 +65,8 @@ def serve(
     make_application: MakeApplication,
 ) -> int:
     """Run worker `index` until it is told to leave; 0. To be called in a forked process (daemon.py)."""
-    return asyncio.run(Worker(config, sockets, board, index, make_application).run())
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(Worker(config, sockets, board, index, make_application).run())
 
 
 class Connections:
@@ -186,6 +191,7 @@ class Worker:
         # What is here now stays; later collections need not look at it.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         self.board.state = State.SERVING
         self._acceptor.resume()
         logger.info("worker %d serves", self.index, extra={"event": "worker_serving"})
@@ -235,7 +241,7 @@ class Worker:
 
     def _beat(self) -> None:
         self.board.beat()
-        asyncio.get_running_loop().call_later(HEARTBEAT_SECONDS, self._beat)
+        asyncio.get_running_loop().call_later(until_tick(HEARTBEAT_SECONDS), self._beat)
 
     def _serve_connection(self, connection: socket.socket, address: Any) -> None:
         assert self._server is not None

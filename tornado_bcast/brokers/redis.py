@@ -34,6 +34,7 @@ from tornado_bcast.brokers.redis_commands import (
 from tornado_bcast.brokers.redis_link import Condition, Link, Server, check_server, connection_maker
 from tornado_bcast.brokers.redis_pipeline import Command, Pipeline
 from tornado_bcast.brokers.redis_sessions import RedisSessions
+from tornado_bcast.eventloop import until_tick
 
 __all__ = ["RedisBroker", "check_server"]
 
@@ -143,8 +144,9 @@ class RedisBroker:
         sing_at = info_at = lively_at = 0.0
         heard = 0
         while True:
-            due = loop.time() + TICK
-            await asyncio.sleep(TICK)
+            wait = until_tick(TICK)
+            due = loop.time() + wait
+            await asyncio.sleep(wait)
             now = loop.time()
             if now - due > INTERVAL:
                 # This process stood still: the silence was its own.

@@ -1,7 +1,15 @@
 """The entrances: the only WebSocketHandler and RequestHandlers of the package."""
 
+from collections.abc import Awaitable
 from typing import Any
 
+from tornado.httputil import (
+    HTTPHeaders,
+    HTTPMessageDelegate,
+    HTTPServerRequest,
+    RequestStartLine,
+    ResponseStartLine,
+)
 from tornado.web import Application
 
 from .base import BaseHandler, Context, NotFoundHandler
@@ -10,6 +18,44 @@ from .status import ChannelsHandler, HealthHandler, HistoryHandler, MetricsHandl
 from .websocket import SocketHandler
 
 __all__ = ["make_routes"]
+
+
+class Entrances(Application):
+    """The application, with a shorter way for what comes most often: the upgrade of a WebSocket.
+
+    Such a request has no body, so its handler need not wait for one in a task of its own: it runs where its
+    headers were read, to the end of the handshake.
+    """
+
+    def find_handler(  # type: ignore[override]  # Tornado's Router says HTTPMessageDelegate.
+        self, request: HTTPServerRequest, **options: Any
+    ) -> HTTPMessageDelegate:
+        headers = request.headers
+        if (
+            request.path in ("/ws", "/")
+            and request.method == "GET"
+            and headers.get("Upgrade", "").lower() == "websocket"
+            and "Content-Length" not in headers
+            and "Transfer-Encoding" not in headers
+        ):
+            return _Upgrade(SocketHandler(self, request, context=self.settings["context"]))
+        return super().find_handler(request, **options)
+
+
+class _Upgrade(HTTPMessageDelegate):
+    def __init__(self, handler: SocketHandler) -> None:
+        self._handler = handler
+
+    def headers_received(
+        self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
+    ) -> Awaitable[None]:
+        return self._handler._execute([])
+
+    def finish(self) -> None:
+        """There was no body."""
+
+    def on_connection_close(self) -> None:
+        """The handler is done before anybody looks for this."""
 
 
 def make_routes(context: Context) -> Application:
@@ -24,11 +70,12 @@ def make_routes(context: Context) -> Application:
         (r"/channels", ChannelsHandler, own),
         (r"/channels/(.+)/history", HistoryHandler, own),
     ]
-    return Application(
+    return Entrances(
         routes,
         default_handler_class=NotFoundHandler,
         default_handler_args=own,
         log_function=_log_nothing,
+        context=context,
     )
 
 

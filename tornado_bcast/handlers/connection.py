@@ -82,8 +82,10 @@ class Connection:
         # Its place among those whose token ends.
         self.expiry = 0
 
-    def start(self, session_id: str | None, token: str | None) -> None:
-        """Begin, as whom the token says, with the session of this secret id where there is one."""
+    def start(self, head: bytes, session_id: str | None, token: str | None) -> None:
+        """Begin by the head of the 101, as whom the token says, with the session of this id, if any."""
+        # With the answer to `connect`, if that is made at once.
+        self._answer_soon(head)
         if token is not None:
             try:
                 self.session.admit(self._context.auth.check_token(token))
@@ -333,18 +335,18 @@ class Connection:
             receipt = future.result()
             if not receipt.duplicate:
                 self._context.metrics.published["ws"] += 1
-            if not self.closed:
-                self.answer(
-                    encode_ack(
-                        "broadcast",
-                        now_ms(),
-                        messageId=message_id,
-                        channel=channel,
-                        seq=receipt.seq,
-                        epoch=receipt.epoch,
-                        duplicate=receipt.duplicate or None,
-                    )
+            if not self.closed and not self._wire.is_closing():
+                ack = encode_ack(
+                    "broadcast",
+                    now_ms(),
+                    messageId=message_id,
+                    channel=channel,
+                    seq=receipt.seq,
+                    epoch=receipt.epoch,
+                    duplicate=receipt.duplicate or None,
                 )
+                # Many of one publisher's come together.
+                self._answer_soon(frame(ack))
         elif not self.closed:
             self.refuse_command(make_refusal(error, message_id=message_id, channel=channel))
 
@@ -353,6 +355,11 @@ class Connection:
     def answer(self, payload: bytes) -> None:
         if not self._wire.is_closing():
             self.sink.answer(frame(payload))
+
+    def _answer_soon(self, data: bytes) -> None:
+        """At the end of this turn of the loop, together with others."""
+        if self.sink.gather(data):
+            asyncio.get_running_loop().call_soon(self.sink.release)
 
     def refuse_command(self, refusal: Refusal, command: Command | None = None) -> None:
         context = self._context

@@ -5,6 +5,7 @@ The only WebSocket handler. It lives as long as the handshake; the connection is
 
 from importlib.resources import files
 
+from tornado.iostream import IOStream
 from tornado.websocket import WebSocketHandler
 
 from ..errors import Refusal
@@ -93,13 +94,27 @@ class SocketHandler(BaseHandler, WebSocketHandler):
             return None
         return Handshake(self)
 
+    def accept(self, accept_value: str) -> IOStream:
+        """Take the stream, with the head of the 101 (RFC 6455, section 4.2.2) as its first bytes to send."""
+        offered = self.request.headers.get("Sec-WebSocket-Protocol")
+        chosen = self.select_subprotocol([name.strip() for name in offered.split(",")]) if offered else None
+        lines = [
+            "HTTP/1.1 101 Switching Protocols",
+            "Upgrade: websocket",
+            "Connection: Upgrade",
+            f"Sec-WebSocket-Accept: {accept_value}",
+        ]
+        if chosen is not None:
+            lines.append(f"Sec-WebSocket-Protocol: {chosen}")
+        lines += [f"{name}: {value}" for name, value in self._headers.get_all() if name != "Content-Type"]
+        self._head = "\r\n".join((*lines, "\r\n")).encode("latin-1")
+        return self._detach_stream()
+
     def open(self, *args: str, **kwargs: str) -> None:
         """The handshake is done: from here on the stream belongs to a Connection."""
         assert self.ws_connection is not None and self.ws_connection.stream is not None
-        stream = self.ws_connection.stream
-        stream.set_nodelay(True)
-        connection = Connection(self.context, stream)
-        connection.start(self._offered_session(), self._offered_token())
+        connection = Connection(self.context, self.ws_connection.stream)
+        connection.start(self._head, self._offered_session(), self._offered_token())
         # What Tornado leaves to the end of the connection: this handler's end is here.
         self.ws_connection = None
         self._on_close_called = True

@@ -9,27 +9,72 @@ is queued without a bound.
 import asyncio
 import logging
 import socket
-from typing import Protocol
+import sys
+from typing import Protocol, cast
 
 from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
 from tornado.websocket import WebSocketHandler, WebSocketProtocol13, _WebSocketParams
 
 from ..errors import CloseCode
-from ..frames import BINARY, CLOSE, PING, PONG, TEXT, FrameParser, ProtocolViolation, frame, is_close_code
+from ..frames import (
+    BINARY,
+    CLOSE,
+    PING,
+    PONG,
+    TEXT,
+    FrameParser,
+    ProtocolViolation,
+    Unmask,
+    frame,
+    is_close_code,
+    unmask,
+)
 from ..sink import Sink
+
+_unmask: Unmask
+try:
+    # Tornado's own, in C.
+    from tornado.speedups import websocket_mask as _unmask
+except ImportError:
+    _unmask = unmask
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 65536
+_NO_COMPRESSION = _WebSocketParams(compression_options=None)
 # Seconds for the closing handshake; then the connection is cut.
 _CLOSE_SECONDS = 5.0
+
+
+class Upgrading(Protocol):
+    """What the handshake asks of its handler beyond Tornado's."""
+
+    def accept(self, accept_value: str) -> IOStream:
+        """Take the stream, with the head of the 101 as its first bytes to send."""
 
 
 class Handshake(WebSocketProtocol13):
     """RFC 6455, section 4, by Tornado. `handler.open` takes the stream."""
 
     def __init__(self, handler: WebSocketHandler) -> None:
-        super().__init__(handler, False, _WebSocketParams(compression_options=None))
+        super().__init__(handler, False, _NO_COMPRESSION)
+
+    async def accept_connection(self, handler: WebSocketHandler) -> None:
+        """As Tornado's, but the answer leaves with the connection's first event, in one write."""
+        headers = handler.request.headers
+        key = headers.get("Sec-WebSocket-Key")
+        if not key or not headers.get("Host"):
+            # It says what is missing.
+            await super().accept_connection(handler)
+            return
+        self.stream = cast("Upgrading", handler).accept(self.compute_accept_value(key))
+        try:
+            handler.open()
+        except Exception:
+            handler.log_exception(*sys.exc_info())
+            self.stream.close()
+            return
+        await self._receive_frame_loop()
 
     def start_pinging(self) -> None:
         """Not here: one timer serves all connections."""
@@ -69,7 +114,7 @@ class Wire:
         self._stream = stream
         self._receiver = receiver
         # None: nothing that comes is looked at any more.
-        self._parser: FrameParser | None = FrameParser(max_message)
+        self._parser: FrameParser | None = FrameParser(max_message, _unmask)
         # The payload of the last ping that could not be answered at once (RFC 6455, section 5.5.3).
         self._ping: bytes | None = None
         # A close frame was sent; nothing may follow it.

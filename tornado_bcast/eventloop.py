@@ -1,0 +1,52 @@
+"""The event loop of a worker: asyncio's own, but no turn of it is longer than so many events.
+
+asyncio takes all sockets that are ready in one turn, and what they bring is done before anything else gets
+its turn again. When thousands of clients leave or come back at once that is seconds, in which no message is
+delivered. epoll hands out what is ready in a circle, so that a bound on each turn is fair to all sockets.
+"""
+
+import asyncio
+import os
+import select
+import selectors
+
+# Sockets that one turn serves: some milliseconds of work where each of them is a new connection.
+EVENTS_A_TURN = 64
+
+
+class BoundedSelector(selectors.EpollSelector):
+    """An EpollSelector that reports at most EVENTS_A_TURN of the files that are ready."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The same epoll instance, by a descriptor of our own: the public way to it.
+        self._bounded = select.epoll.fromfd(os.dup(self.fileno()))
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        wait = -1.0 if timeout is None else max(timeout, 0.0)
+        keys = self.get_map()
+        ready: list[tuple[selectors.SelectorKey, int]] = []
+        for fd, events in self._bounded.poll(wait, EVENTS_A_TURN):
+            if (key := keys.get(fd)) is not None:
+                mask = selectors.EVENT_READ if events & ~select.EPOLLOUT else 0
+                if events & ~select.EPOLLIN:
+                    mask |= selectors.EVENT_WRITE
+                ready.append((key, mask & key.events))
+        return ready
+
+    def close(self) -> None:
+        self._bounded.close()
+        super().close()
+
+
+def until_tick(seconds: float) -> float:
+    """The wait until the loop's clock shows a whole multiple of `seconds`.
+
+    Whoever has a regular turn waits for that: all of them come at once, and an idle worker sleeps more.
+    """
+    return seconds - asyncio.get_running_loop().time() % seconds
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """For `asyncio.Runner`."""
+    return asyncio.SelectorEventLoop(BoundedSelector())
