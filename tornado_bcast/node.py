@@ -223,7 +223,7 @@ class Node:
         return oldest, False
 
     async def _caught_up(self, topic: Topic) -> None:
-        self._fill_again(topic)
+        self._fill_soon(topic)
         assert topic.filling is not None
         done, _ = await asyncio.wait({topic.filling}, timeout=self._join_timeout)
         if not done:
@@ -236,11 +236,6 @@ class Node:
         under_way = topic.filling is not None and not topic.filling.done()
         if not under_way and self._topics.get(topic.channel) is topic:
             topic.filling = self._spawn(self._fill(topic))
-
-    def _fill_again(self, topic: Topic) -> None:
-        """The same, but what is being read already does not count."""
-        topic.doubt()
-        self._fill_soon(topic)
 
     async def _fill(self, topic: Topic) -> None:
         """Read the stream until the node's head has caught up; at the first time, only where it stands."""
@@ -289,6 +284,8 @@ class Node:
             )
             for subscriber in lost:
                 dispatch.lose(subscriber, history)
+        for message in topic.take_ahead():
+            dispatch.gather(topic, message)
 
     async def _check_heads(self, topics: list[Topic]) -> None:
         """Compare heads with the broker's, and fill where a message was missed, or Redis has lost some."""
@@ -304,7 +301,7 @@ class Node:
                 head = heads.get(topic.channel)
                 # Where the heads are not to be had, filling is what goes on asking.
                 if head is None or head.epoch != topic.epoch or not seq <= head.seq <= topic.seq:
-                    self._fill_again(topic)
+                    self._fill_soon(topic)
 
     # Timers
 

@@ -5,7 +5,7 @@ the node's head, the place up to which every message has been seen without a hol
 message is the next one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from .brokers import BusMessage, History
@@ -17,10 +17,15 @@ if TYPE_CHECKING:
     import asyncio
 
 
+# Messages that are kept while the stream is read, at most.
+AHEAD = 128
+
+
 class Topic:
     """A channel that somebody on this node uses or has just used. Owner: the node."""
 
     __slots__ = (
+        "ahead",
         "behind",
         "channel",
         "edge",
@@ -61,10 +66,12 @@ class Topic:
         self.flushed = 0
         # The highest message that may be written before some live subscriber's window is full.
         self.edge: int | None = None
-        # The stream is being read because of a hole: what comes meanwhile is dropped, and read there.
+        # The stream is being read because of a hole: what comes meanwhile has to wait.
         self.filling: asyncio.Task[None] | None = None
-        # The last message that was dropped so; None when none was.
+        # The last message that came so; None when none did.
         self.heard: tuple[str, int] | None = None
+        # It and those right before it, a few: where messages come all the time no read would ever show all.
+        self.ahead: list[BusMessage] = []
 
     def accept(self, message: BusMessage) -> bool:
         """Whether a message is the next one; the head then moves. False: an old one, or `heard` is set."""
@@ -72,9 +79,26 @@ class Topic:
             return False
         if self.filling is not None or message.epoch != self.epoch or message.seq != self.seq + 1:
             self.heard = (message.epoch, message.seq)
+            self._keep(message)
             return False
         self.seq = message.seq
         return True
+
+    def _keep(self, message: BusMessage) -> None:
+        if self.ahead:
+            last = self.ahead[-1]
+            if (message.epoch, message.seq) != (last.epoch, last.seq + 1) or len(self.ahead) == AHEAD:
+                # What is dropped here is in the stream.
+                self.ahead.clear()
+        self.ahead.append(message)
+
+    def take_ahead(self) -> Iterator[BusMessage]:
+        """Those of `ahead` that come next now; the head moves with them."""
+        ahead, self.ahead = self.ahead, []
+        for message in ahead:
+            if message.epoch == self.epoch and message.seq == self.seq + 1:
+                self.seq = message.seq
+                yield message
 
     def knows(self, epoch: str | None, seq: int) -> bool:
         """Whether the position is of this line of numbers and not past its head."""

@@ -231,8 +231,10 @@ class Subscriptions:
         # From here on in one turn of the loop, so without a gap or an overlap. What has gathered in this turn
         # goes out before: the old subscription stands where it has been written to.
         node.dispatch.flush(topic)
-        if not _wants_place(command):
-            subscription.delivery = self._place(command, topic, old, topic.seq, recovered).delivery
+        if command.since is None:
+            # Messages have come meanwhile, and the last ones are those before now.
+            start = min(topic.seq, max(start, topic.seq - (command.last or 0)))
+            subscription.delivery = self._place(command, topic, old, start, recovered).delivery
         if old is not None:
             node.dispatch.detach(old.held)
         self._answer_subscribe(command, topic, subscription.delivery, recovered)
