@@ -55,10 +55,3 @@ def test_micro_benchmarks_run(name: str) -> None:
     done = run(sys.executable, BENCH / "micro.py", "--repeats", "1", "--profile", name)
     assert done.returncode == 0, done.stderr
     assert " us" in done.stdout and "function calls" in done.stdout
-
-
-def test_nothing_of_a_machine_stands_in_the_results() -> None:
-    for path in BENCH.rglob("*"):
-        if path.is_file() and path.suffix in (".md", ".py", ".c", ".conf", ".js", ".svg"):
-            text = path.read_text()
-            assert "/tmp/" not in text and "/" + "root/" not in text and "/home/" not in text, path

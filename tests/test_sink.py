@@ -609,3 +609,55 @@ async def test_a_peer_that_has_closed_before() -> None:
             pair.sink.answer(frame(b"x"))
         await asyncio.sleep(0)
         assert pair.owner.slow == 0
+
+
+class TestGathering:
+    """Answers of one turn of the loop that leave together."""
+
+    def test_they_leave_in_one_piece_when_the_turn_ends(self) -> None:
+        way = Way(room=1000)
+        assert way.sink.gather(frame(b"a"))
+        assert not way.sink.gather(frame(b"b"))
+        assert not way.stream.out
+        way.sink.release()
+        assert way.heard() == ["a", "b"] and way.sink.clear
+        way.sink.release()
+        assert way.heard() == ["a", "b"]
+
+    @pytest.mark.parametrize("next_one", ["message", "answer", "end"])
+    def test_nothing_passes_them(self, next_one: str) -> None:
+        way = Way(room=1000)
+        way.sink.gather(frame(b"a"))
+        assert not way.sink.clear
+        if next_one == "message":
+            assert way.send("x", "b")
+        elif next_one == "answer":
+            way.answer("b")
+        else:
+            way.sink.end(frame(b"b"))
+        assert way.heard() == ["a", "b"]
+        way.sink.release()
+        assert way.heard() == ["a", "b"]
+        assert way.sink.clear is (next_one != "end")
+
+    def test_where_something_is_queued_they_come_after_it(self) -> None:
+        way = Way(room=1)
+        way.send("x", "a")
+        assert not way.sink.gather(frame(b"b"))
+        assert way.heard() == ["a", "b"] and way.sink.clear
+
+    def test_what_the_kernel_does_not_take_is_finished(self) -> None:
+        way = Way(room=4)
+        way.sink.gather(frame(b"a"))
+        way.sink.gather(frame(b"b"))
+        way.sink.release()
+        assert not way.sink.clear and way.sink.queued == 2
+        assert way.send("x", "c")
+        assert way.heard() == ["a", "b", "c"] and way.sink.clear
+
+    def test_none_after_the_peer_has_gone(self) -> None:
+        way = Way(room=1000)
+        way.sink.gather(frame(b"a"))
+        way.stream.broken = ConnectionResetError()
+        way.sink.release()
+        assert not way.sink.clear

@@ -42,7 +42,7 @@ class BoundedSelector(selectors.EpollSelector):
 def until_tick(seconds: float) -> float:
     """The wait until the loop's clock shows a whole multiple of `seconds`.
 
-    Whoever has a regular turn waits for that: all of them come at once, and an idle worker sleeps more.
+    Whoever has a regular turn waits for that, so that all come at once and an idle worker sleeps more.
     """
     return seconds - asyncio.get_running_loop().time() % seconds
 

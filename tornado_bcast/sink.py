@@ -88,6 +88,8 @@ class Sink:
 
     def send(self, channel: str, data: bytes, frames: Sequence[bytes], policy: SlowConsumer) -> bool:
         """Send a channel's messages: `data` is `frames` joined. False: not taken, by policy `wait` alone."""
+        if self._gathered is not None:
+            self.release()
         if not self.clear:
             return self._enqueue(channel, data, frames, policy)
         try:
@@ -114,20 +116,26 @@ class Sink:
             self._drain()
 
     def gather(self, data: bytes) -> bool:
-        """Like `answer`, but what comes in one turn of the loop leaves together; messages may pass it.
+        """Like `answer`, but what comes in one turn of the loop leaves together, in front of all else.
 
         True: it is the first, and the caller has `release` called at the end of the turn.
         """
-        if self._gathered is None:
-            self._gathered = [data]
-            return True
-        self._gathered.append(data)
-        return False
+        if self._gathered is not None:
+            self._gathered.append(data)
+            return False
+        if not self.clear:
+            self.answer(data)
+            return False
+        self._gathered = [data]
+        # So that whatever comes first passes by here and releases them.
+        self.clear = False
+        return True
 
     def release(self) -> None:
         """Send what has gathered and has not left yet."""
         gathered, self._gathered = self._gathered, None
         if gathered is not None:
+            self.clear = True
             self.answer(gathered[0] if len(gathered) == 1 else b"".join(gathered))
 
     def answer(self, data: bytes) -> None:
@@ -135,6 +143,7 @@ class Sink:
         if self._gathered is not None:
             data = b"".join((*self._gathered, data))
             self._gathered = None
+            self.clear = True
         if self.clear:
             self.send("", data, (data,), "disconnect")
         elif self._ended:

@@ -1,0 +1,62 @@
+"""The worker's event loop: no turn is longer than so many events, and regular turns come together."""
+
+import asyncio
+import socket
+
+from tornado_bcast.eventloop import EVENTS_A_TURN, BoundedSelector, new_event_loop, until_tick
+
+
+def test_a_turn_serves_so_many_and_the_next_ones_the_rest() -> None:
+    count = 3 * EVENTS_A_TURN + 5
+    pairs = [socket.socketpair() for _ in range(count)]
+    selector = BoundedSelector()
+    try:
+        for number, (near, far) in enumerate(pairs):
+            selector.register(near, 1, number)
+            far.send(b"x")
+        seen: set[int] = set()
+        for _ in range(4):
+            ready = selector.select(0)
+            assert len(ready) <= EVENTS_A_TURN
+            seen |= {key.data for key, mask in ready if mask == 1}
+        # Nobody was read, all are ready still: and yet each has had its turn.
+        assert seen == set(range(count))
+    finally:
+        selector.close()
+        for near, far in pairs:
+            near.close()
+            far.close()
+
+
+def test_both_directions_and_no_file_at_all() -> None:
+    near, far = socket.socketpair()
+    selector = BoundedSelector()
+    with near, far:
+        assert selector.select(0.01) == []
+        selector.register(near, 3)
+        assert [mask for _, mask in selector.select(0)] == [2]
+        far.send(b"x")
+        assert [mask for _, mask in selector.select(0)] == [3]
+        selector.modify(near, 1)
+        assert [mask for _, mask in selector.select(None)] == [1]
+        far.close()
+        assert [mask for _, mask in selector.select(0)] == [1]
+    selector.close()
+
+
+def test_regular_turns_come_together() -> None:
+    async def run() -> set[float]:
+        loop = asyncio.get_running_loop()
+
+        async def turn(offset: float) -> float:
+            await asyncio.sleep(offset)
+            await asyncio.sleep(until_tick(0.25))
+            return round(loop.time() / 0.25, 1)
+
+        return (
+            set(await asyncio.gather(turn(0), turn(0.01), turn(0.02))) if loop.time() % 0.25 < 0.2 else set()
+        )
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        turns = runner.run(run())
+        assert len(turns) <= 1 or max(turns) - min(turns) < 0.5
