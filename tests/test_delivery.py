@@ -240,7 +240,7 @@ class World(RuleBasedStateMachine):
                 try:
                     self.calm()
                 finally:
-                    self.worker.close()
+                    self.worker.kill()
         finally:
             self.loop.close()
 
@@ -481,7 +481,7 @@ class Scene:
 def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
     scene = Scene(**getattr(request, "param", {}))
     yield scene
-    scene.worker.close()
+    scene.worker.kill()
     scene.loop.close()
 
 

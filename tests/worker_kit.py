@@ -24,6 +24,7 @@ from tornado_bcast.brokers import (
     Receipt,
     SavedAs,
     SessionChange,
+    SessionStore,
     StoredSession,
 )
 from tornado_bcast.brokers.memory import MemorySessions
@@ -37,7 +38,7 @@ from tornado_bcast.keeper import Keeper
 from tornado_bcast.metrics import Metrics
 from tornado_bcast.node import Node
 from tornado_bcast.protocol import Ack, Subscribe, Unsubscribe, encode_error
-from tornado_bcast.rules import ChannelRules
+from tornado_bcast.rules import NOBODY, ChannelRules, Principal
 from tornado_bcast.session import Session
 from tornado_bcast.sink import Sink, SlowConsumer
 from tornado_bcast.topic import Topic
@@ -120,10 +121,10 @@ class Line:
 class Store:
     """What Redis is to all workers. Whatever was given stays in `lines`, whatever is lost afterwards."""
 
-    def __init__(self, loop: Clockwork, size: int = 1000) -> None:
+    def __init__(self, loop: Clockwork, size: int = 1000, sessions: SessionStore | None = None) -> None:
         self.loop = loop
         self.size = size
-        self.sessions = MemorySessions(lambda: loop.now, self._tell_worker)
+        self.sessions = sessions or MemorySessions(lambda: loop.now, self.tell_worker)
         self.brokers: list[StoreBroker] = []
         # Epoch -> seq -> the number of the message, for each epoch that there ever was.
         self.lines: dict[str, dict[int, int]] = {}
@@ -203,7 +204,7 @@ class Store:
     def knows(self, channel: str, epoch: str, seq: int) -> bool:
         return self.read(channel, 0, 0).knows(epoch, seq)
 
-    def _tell_worker(self, owner: str, notice: bytes) -> None:
+    def tell_worker(self, owner: str, notice: bytes) -> None:
         for broker in self.brokers:
             if owner in broker.subscribed:
                 broker.bus.append((owner, BusMessage(notice, 0)))
@@ -345,6 +346,7 @@ class Worker:
         self.node = Node(self.broker, self.hub, self.metrics, everybody=channels.default, join_timeout=5.0)
         self.keeper = Keeper(self.broker.sessions, session_ttl)
         self.peers: list[Peer] = []
+        self.killed = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> "Worker":
@@ -370,8 +372,9 @@ class Worker:
         self.loop.run_until_complete(call())
         self.loop.settle()
 
-    def close(self) -> None:
-        """As kill -9 would: nothing more is saved."""
+    def kill(self) -> None:
+        """End it as kill -9 would: nothing more is saved, nobody says goodbye."""
+        self.killed = True
 
         async def close() -> None:
             for task in list(self._tasks):
@@ -448,12 +451,15 @@ class Peer:
     `heir` of another peer: it resumes that one's session.
     """
 
-    def __init__(self, worker: Worker, *, queue: int = 1 << 20, heir: "Peer | None" = None) -> None:
+    def __init__(
+        self, worker: Worker, *, queue: int = 1 << 20, heir: "Peer | None" = None, who: Principal = NOBODY
+    ) -> None:
         self.worker = worker
         self.store = worker.broker.store
         self.pipe = Pipe(self._receive)
         self.sink = Sink(cast(IOStream, self.pipe), self, queue, direct=True)
         self.session = Session()
+        self.session.admit(who)
         self.subscriptions = Subscriptions(cast(Any, worker), self)
         self.heir_of = heir
         self.closed = False
@@ -467,6 +473,10 @@ class Peer:
         self.is_watched = True
         # The last subscribe of each channel that was not answered.
         self.asked: dict[str, Subscribe] = {}
+        # What was acked of each channel: subscribed (with acks or without), or not any more.
+        self.promised: dict[str, bool | None] = {}
+        # Channels of which it is not known what became of the last command.
+        self.unsure: set[str] = set()
         self.events: list[Event] = []
         self._bytes = bytearray()
 
@@ -475,7 +485,7 @@ class Peer:
     async def _open(self) -> None:
         try:
             if self.heir_of is not None:
-                session = await self.worker.keeper.resume(self.heir_of.session.id, "")
+                session = await self.worker.keeper.resume(self.heir_of.session.id, self.session.who)
                 self.resumed = session is not None
                 self.session = session or self.session
             restored, refused = await self.subscriptions.restore(self.session)
@@ -554,8 +564,12 @@ class Peer:
         channel = event.get("channel", "")
         match event["type"], event.get("op", event.get("code")):
             case "ack", "subscribe":
+                self.promised[channel] = event["persistent"] and self.asked[channel].ack
+                self.unsure.discard(channel)
                 self._begin_watching(channel, event)
             case "ack", "unsubscribe":
+                self.promised[channel] = None
+                self.unsure.discard(channel)
                 self.watchers.pop(channel, None)
             case "restored", _:
                 self._go_on_watching(channel, event)
@@ -566,7 +580,7 @@ class Peer:
                     del self.asked[channel]
                 else:
                     # An unsubscribe that could not be saved, but nothing is heard any more.
-                    del self.watchers[channel]
+                    self.watchers.pop(channel, None)
 
     def _begin_watching(self, channel: str, event: Event) -> None:
         command, old = self.asked.pop(channel), self.watchers.get(channel)
@@ -609,11 +623,13 @@ class Peer:
         rule = self.worker.rules.find(channel)
         if not rule.persistent:
             assert not event["recovered"]
+            self.promised[channel] = False
             return
         epoch, seq = event["epoch"], event["seq"]
         new = Watcher(self.store, channel, rule, event["acks"], epoch, seq)
         # Where a subscribe was under way it is not known what became of it.
-        old = None if channel in self.heir_of.asked else self.heir_of.watchers[channel]
+        old = None if channel in self.heir_of.unsure else self.heir_of.watchers[channel]
+        self.promised[channel] = event["acks"]
         if old is not None and event["recovered"]:
             assert old.acks and seq <= old.acked
             assert new.number == new.number_of(old.acked_epoch, seq)
@@ -636,13 +652,15 @@ class Peer:
 
     @property
     def alive(self) -> bool:
-        return self.opened and self.code is None
+        return self.opened and self.code is None and not self.worker.killed
 
     def subscribe(self, channel: str, **fields: Any) -> None:
         command = self.asked[channel] = Subscribe(channel, message_id=f"m{len(self.events)}", **fields)
+        self.unsure.add(channel)
         self.worker.run(lambda: self.subscriptions.receive(command))
 
     def unsubscribe(self, channel: str) -> None:
+        self.unsure.add(channel)
         self.worker.run(lambda: self.subscriptions.receive(Unsubscribe(channel)))
 
     def ack(self, channel: str, seq: int, epoch: str | None = None) -> None:
@@ -694,6 +712,7 @@ class Watcher:
     # What was acked, as far as the server must have heeded it.
     acked_epoch: str = ""
     acked: int = 0
+    acked_at: float = 0.0
     # Numbers of what came since the last loss.
     seen: set[int] = field(default_factory=set)
     # The last message written, new or not.
@@ -787,7 +806,7 @@ class Watcher:
             # It was on its way when the loss was told.
             return
         self.was_lost = False
-        self.acked_epoch, self.acked = epoch, seq
+        self.acked_epoch, self.acked, self.acked_at = epoch, seq, self.now
         self.tries = 0
         if seq > self.seq:
             # It knew these from elsewhere.
