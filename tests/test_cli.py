@@ -786,7 +786,7 @@ def test_a_bad_configuration_stops_with_all_its_faults(command: list[str], tmp_p
 
 
 def test_an_unknown_command_or_option_is_told() -> None:
-    for arguments in (["nonsense"], ["--nonsense"], ["publish"], ["version", "x"], ["token"], ["key"]):
+    for arguments in (["nonsense"], ["--nonsense"], ["publish"], ["version", "x"], ["token"], ["key", "x"]):
         done = run(*arguments)
         assert done.returncode == 2
         assert done.stderr.startswith("usage: tornado-bcast")

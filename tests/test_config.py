@@ -1,6 +1,7 @@
 """The configuration: what is read, what is refused and how, and that conf/ and docs/ say the same."""
 
 import dataclasses
+import hashlib
 import ipaddress
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from tornado_bcast.config import Config, Loaded, Origin, default_config, explain
 from tornado_bcast.cores import usable_cores
 from tornado_bcast.errors import ConfigError
 from tornado_bcast.settings import SETTINGS, Setting, default_access, unsupported
-from tornado_bcast.values import masked
+from tornado_bcast.values import Given, masked
 
 ROOT = Path(__file__).parent.parent
 
@@ -154,9 +155,31 @@ class TestDefaults:
     def test_access_once_tokens_can_be_checked(self) -> None:
         none = config.load(environ={}).auth
         assert default_access(none) == "anyone"
-        assert default_access(dataclasses.replace(none, api_keys=("x",))) == "anyone"
+        assert default_access(dataclasses.replace(none, api_keys=(Given("x"),))) == "anyone"
         for key in ("jwt_secret", "jwt_public_key", "jwks_file"):
-            assert default_access(dataclasses.replace(none, **{key: ("x",)})) == "token"
+            assert default_access(dataclasses.replace(none, **{key: (Given("x"),)})) == "token"
+
+    def test_access_with_a_key(self) -> None:
+        secret = "s" * 32
+        channels = default_config(auth={"jwt_secret": secret}).channels
+        assert (channels.default.subscribe, channels.default.publish) == ("token", "token")
+        assert channels.publish_all == "server"
+        channels = default_config(auth={"jwt_secret": secret}, channels={"publish": "anyone"}).channels
+        assert (channels.default.subscribe, channels.default.publish) == ("token", "anyone")
+        channels = default_config(auth={"api_keys": "0" * 64}).channels
+        assert (channels.default.subscribe, channels.default.publish) == ("anyone", "anyone")
+
+    def test_what_production_refuses(self) -> None:
+        dev_key = hashlib.sha256(b"dev-key").hexdigest()
+        for key, text, sentence in (
+            ("jwt_secret", "s" * 31, "a secret of fewer than 32 bytes can be guessed"),
+            ("api_keys", f"{dev_key} name=x", "`dev-key` is known to everybody"),
+        ):
+            loaded = config.read(environ={f"BCAST_AUTH_{key.upper()}": text})
+            assert len(loaded.warnings) == (key == "jwt_secret")
+            with pytest.raises(ConfigError, match=sentence):
+                default_config(server={"env": "production"}, auth={key: text})
+        assert default_config(server={"env": "production"}, auth={"jwt_secret": "s" * 32})
 
 
 # Section, key, text, value.
@@ -315,15 +338,22 @@ BAD = [
     ("channels", "subscribe", "server", "valid: anyone, token, nobody"),
     ("channels", "publish", "nobody", "valid: anyone, token, server"),
     ("channels", "slow_consumer", "drop-oldest", "did you mean `drop_oldest`?"),
-    ("channels", "subscribe", "token", "not supported by this version yet"),
-    ("channels", "publish", "token", "not supported by this version yet"),
-    ("channels", "publish_all", "token", "tokens come with"),
-    ("auth", "jwt_secret", "s3cret", "not supported by this version yet"),
-    ("auth", "jwt_public_key", "file:key.pem", "not supported by this version yet"),
-    ("auth", "jwks_file", "jwks.json", "not supported by this version yet"),
-    ("auth", "jwt_audience", "me", "not supported by this version yet"),
-    ("auth", "jwt_issuer", "you", "not supported by this version yet"),
-    ("auth", "api_keys", "0" * 64, "tokens and API keys come with the issue on access"),
+    ("auth", "jwt_secret", "file:/nowhere/x", "`/nowhere/x`: the file cannot be read: No such file"),
+    ("auth", "jwt_secret", "file:", "`file:` needs the path of a file"),
+    ("auth", "jwt_secret", "-----BEGIN PUBLIC KEY-----", "a public or private key is no secret"),
+    ("auth", "jwt_secret", '{"keys": []}', "a key set belongs into jwks_file"),
+    ("auth", "jwt_public_key", "s3cret", "no public key that can be read"),
+    ("auth", "jwt_public_key", "-----BEGIN PUBLIC KEY-----", "a PEM text ends with"),
+    ("auth", "jwks_file", "/nowhere/jwks.json", "`/nowhere/jwks.json`: the file cannot be read"),
+    ("auth", "api_keys", "hunter2", "a line begins with the sha256 hash of a key (64 hex digits)"),
+    ("auth", "api_keys", "0" * 64 + "\n  " + "0" * 64 + " name=b", "a key stands there twice"),
+    ("auth", "api_keys", "0" * 64 + " nam=x", "`nam` is no option of a key; did you mean `name`?"),
+    ("auth", "api_keys", "0" * 64 + " read", "`read` is no option of a key"),
+    ("auth", "api_keys", "0" * 64 + " read=maybe", "`read` is yes or no"),
+    ("auth", "api_keys", "0" * 64 + " rate=fast", "`rate` is a number of messages a second, not `fast`"),
+    ("auth", "api_keys", "0" * 64 + " rate=1 rate=2", "`rate` stands twice"),
+    ("auth", "api_keys", "0" * 64 + " publish=a,,b", "`` is no glob of channel names"),
+    ("auth", "api_keys", "0" * 64 + " publish=$a", "`$a` is no glob of channel names"),
 ]
 
 
@@ -371,10 +401,6 @@ BAD_FILES = [
         ["FILE:2: [channel a] persistant: unknown key; did you mean `persistent`?"],
     ),
     ("[channel a]\nsender = x\n", ["FILE:2: [channel a] sender: `x` is neither yes nor no; valid: "]),
-    (
-        "[channel a]\npublish = token\n",
-        ["FILE:2: [channel a] publish: `token`: tokens come with the issue on access"],
-    ),
     ("[channel]\n", ["FILE:1: [channel]: channels have a section such as `[channel chat.*]`"]),
     ("[channel a b]\n", ["FILE:1: [channel a b]: channels have a section such as"]),
     ("[channel $x]\n", ["FILE:1: [channel $x]: channels have a section such as"]),
@@ -502,7 +528,7 @@ class TestFile:
     def test_secrets_have_no_comments(self) -> None:
         row = next(row for row in SETTINGS if row.key == "jwt_secret")
         assert row.kind.verbatim
-        assert row.kind.read("one # two\n  three ; four") == ("one # two", "three ; four")
+        assert row.kind.read("one # two\n  three ; four") == (Given("one # two"), Given("three ; four"))
 
     def test_keys_of_one_indent(self, file: Path) -> None:
         assert load(file, "[server]\n  port = 81\n  bind = ::\n").server.bind == "::"
@@ -705,12 +731,10 @@ class TestBetweenKeys:
         refused = {
             (row.section, row.key)
             for row in SETTINGS
-            for value in ("token", ("x",), "sentinel://h", "cluster://h")
-            if (row.section == "auth") == isinstance(value, tuple) and unsupported(row, value)
+            for value in ("token", "sentinel://h", "cluster://h")
+            if unsupported(row, value)
         }
-        assert refused == {
-            (row.section, row.key) for row in SETTINGS if row.section in ("auth", "channels")
-        } | {("redis", "url")}
+        assert refused == {("redis", "url")}
 
 
 class TestExplain:
@@ -751,9 +775,20 @@ class TestExplain:
 
     def test_secrets_are_masked(self) -> None:
         secret = {
-            row.key for row in SETTINGS if row.section == "auth" and masked(row.kind, ("hunter2",)) == "***"
+            row.key
+            for row in SETTINGS
+            if row.section == "auth" and masked(row.kind, (Given("hunter2"),)) == "***"
         }
         assert secret == {"jwt_secret", "api_keys"}
+
+    def test_files_of_secrets_are_named(self, file: Path, tmp_path: Path) -> None:
+        secret = tmp_path / "secret"
+        secret.write_text("hunter2\nhunter3\n")
+        loaded = read(file, f"[auth]\njwt_secret = file:{secret}\n  hunter4\n")
+        assert f"auth.jwt_secret = file:{secret}, ***  (from: file {file}:2)" in explain(loaded).split("\n")
+        texts = [given.text for given in loaded.config.auth.jwt_secret]
+        assert texts == ["hunter2", "hunter3", "hunter4"]
+        assert "hunter" not in repr(loaded) + explain(loaded) + "".join(loaded.warnings)
 
     @pytest.mark.parametrize(
         "url",
@@ -974,13 +1009,6 @@ class TestAnnotatedFile:
     def test_its_example(self, file: Path) -> None:
         text = "\n".join(re.findall(r"^#   (.*)$", self.PATH.read_text(), re.MULTILINE))
         assert [rule.pattern for rule in load(file, text).channels.rules] == ["news.*", "cursor.*"]
-
-    def test_what_is_not_supported_says_so(self) -> None:
-        auth = self.PATH.read_text().partition("[auth]\n")[2].partition("\n[")[0]
-        assert "Not supported by this version yet" in auth
-        for row in SETTINGS:
-            if row.section == "channels" and row.key in ("subscribe", "publish", "publish_all"):
-                assert "token (not in this version)" in row.why
 
 
 class TestDocumentation:

@@ -6,12 +6,14 @@ the documents do not describe fails.
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import jwt
 import pytest
 import websockets
 import yaml
@@ -518,7 +520,7 @@ async def test_frames(daemon: Daemon) -> None:
 
     expected = {"message", "ping"} | {f"ack {op}" for op in _ACKS}
     expected |= {f"error {code}" for code in get_args(ErrorCode)}
-    # Tokens are not in this version; the rest is seen in the other tests of this module.
+    # These are seen in the other tests of this module.
     assert expected - seen == {
         "ack auth",
         "error rate_limited",
@@ -526,6 +528,23 @@ async def test_frames(daemon: Daemon) -> None:
         "error history_lost",
         "error internal",
     }
+
+
+@asynchronous
+async def test_frames_with_a_token() -> None:
+    secret = "a secret that is long enough for everybody"
+    claims = {"sub": "ann", "exp": time.time() + 60, "subscribe": ["a", "b"], "publish": ["a"]}
+    first, second = (jwt.encode({**claims, **more}, secret) for more in ({}, {"subscribe": ["b"]}))
+    seen: set[str] = set()
+    with Daemon(f"[auth]\njwt_secret = {secret}\n[channels]\nsender = yes\n") as daemon:
+        async with watched(daemon, seen=seen, protocols=["bcast.v1", f"bearer.{first}"]) as client:
+            assert client.hello["expiresAt"] == int(claims["exp"]) * 1000
+            await client.ask("subscribe", channel="a")
+            await client.ask("broadcast", channel="a", data=1)
+            assert (await client.message())["from"]["sub"] == "ann"
+            assert (await client.ask("auth", token=second))["expiresAt"] == client.hello["expiresAt"]
+            assert (await client.ask("auth", token="x"))["code"] == "unauthorized"
+    assert seen >= {"ack auth", "error forbidden", "error unauthorized"}
 
 
 @asynchronous

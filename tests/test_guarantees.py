@@ -210,7 +210,9 @@ def test_a_promoted_replica(server: RedisServer, capsys: pytest.CaptureFixture[s
 
     async def run(replica: RedisServer) -> None:
         async with Proxy(server.socket) as proxy:
-            daemon = await asyncio.to_thread(Daemon(INI, workers=2, redis=proxy.url).start)
+            daemon = Daemon(INI, workers=2, redis=proxy.url)
+            # In a thread: the proxy has to run meanwhile.
+            await asyncio.to_thread(daemon.__enter__)
             try:
                 daemon.expect("redis_down", "history_lost")
                 world = world_counts["world"] = World(daemon.url, CHANNELS, old_sessions=True)
@@ -228,10 +230,8 @@ def test_a_promoted_replica(server: RedisServer, capsys: pytest.CaptureFixture[s
                     await asyncio.sleep(4)
                     with replica.client() as client:
                         await rest(world, client, daemon.prefix, losses=1)
-                await asyncio.to_thread(daemon.stop)
-                daemon.check_log()
             finally:
-                daemon.kill()
+                await asyncio.to_thread(daemon.__exit__, *sys.exc_info())
 
     with RedisServer(server.binary, "--replicaof", "127.0.0.1", str(server.port)) as replica:
         until_linked(replica)

@@ -45,12 +45,13 @@ brokers.redis_bridge brokers.redis_canary brokers.redis_sessions
 brokers.redis_commands
 brokers.redis_pipeline
 brokers.redis_link brokers.memory brokers.embedded
-brokers hub acceptor client eventloop
+brokers hub acceptor client forks eventloop
 sink delivery protocol metrics heartbeat board
+auth reload
 rules wheel frames
 config
 reading cores
-settings ini
+settings ini keys
 addresses
 values errors logs
 __init__

@@ -8,7 +8,7 @@ import pytest
 from tornado_bcast.config import Config, default_config
 from tornado_bcast.errors import ErrorCode, Refusal
 from tornado_bcast.protocol import Ack, Auth, Broadcast, Command, Pong, Subscribe, Unsubscribe
-from tornado_bcast.rules import ChannelRules
+from tornado_bcast.rules import NOBODY, ChannelRules, Principal
 from tornado_bcast.session import Session, Subscription
 
 NOW = 5000.0
@@ -72,8 +72,50 @@ def test_what_may_not_pass(command: Command, code: ErrorCode, setting: str) -> N
     assert (refusal.code, refusal.setting) == (code, setting)
 
 
-def test_tokens_are_refused_by_name() -> None:
-    assert Client().refused(Auth("t")).code == "unauthorized"
+def test_nobody_becomes_somebody_but_nobody_else() -> None:
+    session = Session()
+    session.is_stored = True
+    session.admit(Principal("ann", ("a.*",)))
+    # It is stored anew, for its principal is another one.
+    assert not session.is_stored and session.take_change("owner").principal == "ann"
+    session.is_stored = True
+    session.admit(Principal("ann", ("b.*",)))
+    assert session.is_stored and session.who.subscribe == ("b.*",)
+    for other in (Principal("bob"), NOBODY):
+        with pytest.raises(Refusal) as caught:
+            session.admit(other)
+        assert caught.value.code == "forbidden" and session.who.sub == "ann"
+
+
+@pytest.mark.parametrize(
+    ("who", "command", "code"),
+    [
+        (NOBODY, Subscribe("a"), "unauthorized"),
+        (NOBODY, Broadcast("a", 1), "unauthorized"),
+        (NOBODY, Broadcast(None, 1), "unauthorized"),
+        (Principal("ann"), Subscribe("a"), "forbidden"),
+        (Principal("ann"), Broadcast("a", 1), "forbidden"),
+        (Principal("ann", ("b",), ("a",)), Subscribe("a"), "forbidden"),
+        (Principal("ann", ("a",), ("a", "?", "**")), Broadcast(None, 1), "forbidden"),
+        (Principal("ann", ("x", "a*")), Subscribe("a"), None),
+        (Principal("ann", (), ("?",)), Broadcast("a", 1), None),
+        (Principal("ann", (), ("*",)), Broadcast(None, 1), None),
+    ],
+)
+def test_what_a_token_allows(who: Principal, command: Command, code: ErrorCode | None) -> None:
+    client = Client(channels={"subscribe": "token", "publish": "token", "publish_all": "token"})
+    client.session.admit(who)
+    if code is None:
+        assert client.receive(command)
+    else:
+        assert client.refused(command).code == code
+
+
+def test_no_token_opens_what_is_closed() -> None:
+    client = Client(channels={"subscribe": "nobody", "publish": "server"})
+    client.session.admit(Principal("ann", ("*",), ("*",)))
+    for command in (Subscribe("a"), Broadcast("a", 1), Broadcast(None, 1)):
+        assert client.refused(command).code == "forbidden"
 
 
 def no_room(client: Client, channel: str, *starting: str) -> Refusal:

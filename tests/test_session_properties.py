@@ -18,6 +18,7 @@ from tornado_bcast.config import default_config
 from tornado_bcast.delivery import Delivery
 from tornado_bcast.errors import CloseCode
 from tornado_bcast.keeper import Keeper
+from tornado_bcast.rules import Principal
 from tornado_bcast.session import Session, Subscription, decode_subscription
 
 TTL = 60.0
@@ -98,7 +99,7 @@ class Sessions(RuleBasedStateMachine):
     def connect(self, index: int, principal: str) -> Held:
         async def work() -> Held:
             session = Session()
-            session.principal = principal
+            session.admit(Principal(principal))
             return Held(self.worker(index), session)
 
         held: Held = self.run(work())
@@ -190,7 +191,7 @@ class Sessions(RuleBasedStateMachine):
 
         async def work() -> Held | None:
             worker = self.worker(index)
-            session = await worker.keeper.resume(session_id, model.principal)
+            session = await worker.keeper.resume(session_id, Principal(model.principal))
             if session is None:
                 return None
             for name, value in session.restorable.items():
@@ -225,7 +226,7 @@ class Sessions(RuleBasedStateMachine):
     def resume_as_another(self, held: Held) -> None:
         before = self.store._sessions.get(Session.name(held.session.id))
         generation = before.generation if before is not None else None
-        assert self.run(self.workers[0].keeper.resume(held.session.id, "somebody-else")) is None
+        assert self.run(self.workers[0].keeper.resume(held.session.id, Principal("somebody-else"))) is None
         if before is not None:
             assert before.generation == generation
 

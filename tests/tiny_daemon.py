@@ -63,7 +63,7 @@ class Echo(WebSocketHandler):
 
 async def make_application(
     directory: Path, config: Config, board: Board, index: int
-) -> tuple[Application, worker.Close]:
+) -> tuple[Application, worker.Close, worker.Configure]:
     if (directory / "crash").exists():
         os._exit(9)
     if (directory / "slow").exists():
@@ -78,7 +78,7 @@ async def make_application(
         for client in list(clients):
             client.close(1012)
 
-    return application, close
+    return application, close, lambda config: None
 
 
 def serve(directory: Path, config: Config, sockets: list[socket.socket], board: Board, index: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tornado.web import Application
 
+from .auth import Authenticator
 from .board import Board, State
 from .brokers import Broker
 from .brokers.memory import MemoryBroker
@@ -30,6 +31,7 @@ from .logs import RefusalLog
 from .metrics import Metrics, Row
 from .node import Node
 from .rules import ChannelRules, Origins
+from .wheel import Wheel
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +41,13 @@ _STALE_SECONDS = 2.5
 # So many clients are told to come back each second after a stop, as far as `drain_seconds` allow.
 _RETURNS_PER_SECOND = 100
 
+# Connections that are looked at in one turn of the loop after a reload.
+_AT_ONCE = 200
 # Descriptors of a worker that are not for clients: Redis, the log, the loop, files, HTTP that comes and goes.
 _RESERVED_DESCRIPTORS = 100
 
 Close = Callable[[float], Awaitable[None]]
+Configure = Callable[[Config], None]
 
 
 def make_broker(config: Config) -> Broker:
@@ -63,11 +68,11 @@ def _descriptors_for_clients() -> int:
     return max(limit - _RESERVED_DESCRIPTORS, limit // 2)
 
 
-async def make_application(config: Config, board: Board, index: int) -> tuple[Application, Close]:
-    """Build and start a worker's inside; the second one closes it."""
+async def make_application(config: Config, board: Board, index: int) -> tuple[Application, Close, Configure]:
+    """Build and start a worker's inside; the second one closes it, the third takes over a configuration."""
     inside = Inside(config, board, index)
     await inside.start()
-    return make_routes(inside), inside.close
+    return make_routes(inside), inside.close, inside.reconfigure
 
 
 class Inside:
@@ -78,6 +83,7 @@ class Inside:
         self.metrics = Metrics()
         self.hub = Hub()
         self.heartbeat: Heartbeat[Connection] = Heartbeat(config.heartbeat.interval, config.heartbeat.timeout)
+        self.expiries: Wheel[Connection] = Wheel(TICK)
         self.refusals = RefusalLog(logging.getLogger("tornado_bcast.refusals"))
         self.capacity = config.server.max_connections or board.workers * _descriptors_for_clients()
         self.closing = False
@@ -101,10 +107,23 @@ class Inside:
         self._peers: dict[tuple[str, int], tuple[float, Row]] = {}
 
     def configure(self, config: Config) -> None:
-        """Take over keys, origins, limits and channel rules."""
+        """Take over keys, origins, limits and channel rules. No connection is closed for it."""
         self.config = config
+        self.auth = Authenticator(config.auth)
         self.rules = ChannelRules(config.channels)
         self.origins = Origins(config.cors.origins)
+
+    def reconfigure(self, config: Config) -> None:
+        """The same while clients are connected: what they may no longer hear ends."""
+        self.configure(config)
+        self.node.use_rules(self.rules)
+        self.spawn(self._check_subscriptions())
+
+    async def _check_subscriptions(self) -> None:
+        for number, connection in enumerate(list(self._connections), 1):
+            connection.check_subscriptions()
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)
 
     @property
     def draining(self) -> bool:
@@ -175,6 +194,9 @@ class Inside:
                     peer.sink.answer(frames)
             for peer in dead:
                 peer.end(CloseCode.HEARTBEAT_MISSED, "heartbeat missed", flush=False)
+            # Tokens end by the clock on the wall.
+            for peer in self.expiries.expired(time.time()):
+                peer.expire()
 
     async def _tell_row(self) -> None:
         """Put this worker's row on the board, for its siblings; the broker carries it to the other nodes."""

@@ -5,7 +5,7 @@ whether it has more connections than the others. Nothing here waits and nothing 
 whole is that each thing has one writer:
 
 - the slot of a worker, its snapshot and its counters of peers: the process that claimed the slot;
-- `stopping`: the parent;
+- `stopping` and the settings: the parent;
 - the rate buckets: any worker (see `get`).
 
     board = Board(4)            # in the parent
@@ -37,13 +37,16 @@ SNAPSHOT_STALE_SECONDS = 2.0
 # A worker that dies earlier after its start than this (seconds) died young.
 YOUNG_SECONDS = 10.0
 SNAPSHOT_BYTES = 16 * 1024
+# Pages that nothing is written to cost nothing.
+SETTINGS_BYTES = 1 << 20
 
 # The fields of a slot, eight bytes each. One slot fills a cache line or two, shared with no other worker.
 _PID, _STARTED, _HEARTBEAT, _CONNECTIONS, _STATE, _ACCEPTING, _EARLY, _RESTARTS, _SEQUENCE, _SOCKETS = range(
     10
 )
 _SLOT_FIELDS = 16
-_STOPPING = 0  # The one field of the header.
+# The fields of the header: the flag, and the number of the settings that are shown.
+_STOPPING, _VERSION = range(2)
 
 # Two hashes of 16 bits for the count of peers, and another for the bucket.
 _COUNTERS = 1 << 16
@@ -51,6 +54,7 @@ _BUCKETS = 1 << 16
 _HASHES = Struct("<HHH")
 _SNAPSHOT_HEAD = Struct("<II")
 _SNAPSHOT_ROOM = _SNAPSHOT_HEAD.size + SNAPSHOT_BYTES
+_SETTINGS_ROOM = _SNAPSHOT_HEAD.size + SETTINGS_BYTES
 
 
 class State(IntEnum):
@@ -92,13 +96,16 @@ class Board:
         peers = 4 * 2 * _COUNTERS * workers
         buckets = 8 * _BUCKETS
         snapshots = 2 * _SNAPSHOT_ROOM * workers
-        self._memory = memoryview(mmap.mmap(-1, head + peers + buckets + snapshots))
+        self._memory = memoryview(mmap.mmap(-1, head + peers + buckets + snapshots + 2 * _SETTINGS_ROOM))
         # The header and the slots, as whole numbers and as times.
         self._ints = self._memory[:head].cast("q")
         self._times = self._memory[:head].cast("d")
         self._peers = self._memory[head : head + peers].cast("I")
         self._full_at = self._memory[head + peers : head + peers + buckets].cast("d")
-        self._snapshots = self._memory[head + peers + buckets :]
+        self._snapshots = self._memory[head + peers + buckets :][:snapshots]
+        self._settings = self._memory[head + peers + buckets + snapshots :]
+        # The number of the settings that this process has; a fork takes it along.
+        self._seen = 0
 
     # The parent's flag.
 
@@ -110,6 +117,34 @@ class Board:
     @stopping.setter
     def stopping(self, value: bool) -> None:
         self._ints[_STOPPING] = int(value)
+
+    # Settings that the parent hands to the workers: bytes that have no meaning here.
+
+    def put_settings(self, data: bytes) -> None:
+        """Show them to the workers that run; those forked later have them. ValueError if they are too long.
+
+        They go into the one of two buffers that is not shown, and then the number is moved on.
+        """
+        if len(data) > SETTINGS_BYTES:
+            raise ValueError(f"settings have at most {SETTINGS_BYTES} bytes, not {len(data)}")
+        version = self._ints[_VERSION] + 1
+        start = (version & 1) * _SETTINGS_ROOM
+        body = start + _SNAPSHOT_HEAD.size
+        _SNAPSHOT_HEAD.pack_into(self._settings, start, len(data), zlib.crc32(data))
+        self._settings[body : body + len(data)] = data
+        self._ints[_VERSION] = self._seen = version
+
+    def new_settings(self) -> bytes | None:
+        """The last ones, where this process has not seen them yet."""
+        while (version := self._ints[_VERSION]) != self._seen:
+            start = (version & 1) * _SETTINGS_ROOM
+            length, checksum = _SNAPSHOT_HEAD.unpack_from(self._settings, start)
+            body = start + _SNAPSHOT_HEAD.size
+            data = bytes(self._settings[body : body + min(length, SETTINGS_BYTES)])
+            if self._ints[_VERSION] == version and zlib.crc32(data) == checksum:
+                self._seen = version
+                return data
+        return None
 
     # Slots.
 

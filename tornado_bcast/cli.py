@@ -25,7 +25,7 @@ USAGE = 2
 TRY_AGAIN_LATER = 75
 INTERRUPTED = 130
 
-_COMMANDS = ("serve", "check-config", "publish", "tail", "version")
+_COMMANDS = ("serve", "check-config", "publish", "tail", "token", "key", "version")
 # Options of `serve` that stand above the environment and the file: name, section and key, metavar, help.
 _OVERRIDES = (
     ("--bind", ("server", "bind"), "ADDRESS", "address to listen on"),
@@ -135,6 +135,53 @@ def build_parser() -> argparse.ArgumentParser:
     )
     tail.add_argument("--token-file", metavar="FILE", help="the file that holds the JWT")
     tail.set_defaults(run=_tail)
+
+    token = commands.add_parser(
+        "token",
+        help="make a token (JWT) for a client",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Make a token and print it. It is signed by the first [auth] jwt_secret of the configuration,\n"
+            "or by a private key; jwt_audience and jwt_issuer are put in. See docs/AUTHENTICATION.md."
+        ),
+        epilog="exit code: 2 wrong arguments, or nothing to sign with",
+    )
+    _add_config(token)
+    token.add_argument("--sub", metavar="NAME", required=True, help="whose token it is")
+    for what in ("subscribe", "publish"):
+        token.add_argument(
+            f"--{what}",
+            metavar="GLOB",
+            action="append",
+            default=[],
+            help=f"channels to {what} to; may be given more than once",
+        )
+    token.add_argument("--ttl", metavar="TIME", default="1h", help="how long it is valid (1h)")
+    token.add_argument(
+        "--key-file", metavar="FILE", help="a private key (PEM) to sign with: RSA, P-256, Ed25519"
+    )
+    token.set_defaults(run=_token)
+
+    api_key = commands.add_parser(
+        "key",
+        help="make an API key",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Make an API key. The first line is the key, which is shown this once; the second one is its\n"
+            "line for [auth] api_keys, with only a hash of it. Without --publish and --read it may do all."
+        ),
+    )
+    api_key.add_argument("--name", metavar="NAME", help="what the key is for")
+    api_key.add_argument(
+        "--publish",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="the channels that it may publish to; may be given more than once",
+    )
+    api_key.add_argument("--read", action="store_true", help="it may read /stats, /metrics and /channels")
+    api_key.add_argument("--rate", metavar="N", help="how many messages a second it may publish")
+    api_key.set_defaults(run=_key)
 
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_print_version)
@@ -252,6 +299,47 @@ def _tail(args: argparse.Namespace) -> int:
     return 0
 
 
+def _token(args: argparse.Namespace) -> int:
+    import time
+    from pathlib import Path
+
+    from . import auth, config
+    from .values import duration
+
+    try:
+        expires_at = int(time.time() + duration(low=1).read(args.ttl))
+        private_key = Path(args.key_file).read_text() if args.key_file else None
+        principal = auth.Principal(args.sub, tuple(args.subscribe), tuple(args.publish), expires_at)
+        print(auth.make_token(config.read(args.config).config.auth, principal, private_key), flush=True)
+    except OSError as exc:
+        return _fail("token", f"{args.key_file} cannot be read: {exc.strerror}", USAGE)
+    except ValueError as exc:
+        return _fail("token", f"{exc}", USAGE)
+    return 0
+
+
+def _key(args: argparse.Namespace) -> int:
+    import secrets
+
+    from . import keys
+
+    key = "bk_" + secrets.token_urlsafe(32)
+    options = {"name": args.name, "publish": ",".join(args.publish), "read": "yes" if args.read else ""}
+    words = [f"{name}={value}" for name, value in (options | {"rate": args.rate}).items() if value]
+    line = " ".join([keys.digest(key).hex(), *words])
+    try:
+        if any(char.isspace() for word in words for char in word):
+            raise ValueError("no option of a key has white space in it")
+        keys.read_api_key(line)
+    except ValueError as exc:
+        return _fail("key", str(exc), USAGE)
+    print(key)
+    print(line, flush=True)
+    _say("key", "the first line is the key: keep it, it is not shown again.")
+    _say("key", "the second line goes into [auth] api_keys, or into a file that it names by file:PATH.")
+    return 0
+
+
 def _url(args: argparse.Namespace) -> str:
     from .client import DEFAULT_URL
 
@@ -272,15 +360,18 @@ def _serve(args: argparse.Namespace) -> int:
 
     from . import config, logs
 
-    overrides = {place: getattr(args, _dest(name)) for name, place, *_ in _OVERRIDES}
-    loaded = config.read(
-        args.config, overrides={place: text for place, text in overrides.items() if text is not None}
-    )
-    log = loaded.config.log
-    logs.configure(log.format, log.level)
-    for warning in loaded.warnings:
-        logging.getLogger(__name__).warning("%s", warning, extra={"event": "configuration"})
+    given = {place: getattr(args, _dest(name)) for name, place, *_ in _OVERRIDES}
+    overrides = {place: text for place, text in given.items() if text is not None}
 
+    def read() -> "Config":
+        loaded = config.read(args.config, overrides=overrides)
+        log = loaded.config.log
+        logs.configure(log.format, log.level)
+        for warning in loaded.warnings:
+            logging.getLogger(__name__).warning("%s", warning, extra={"event": "configuration"})
+        return loaded.config
+
+    loaded = read()
     # Imported before the fork, so that the workers share the pages.
     from . import daemon, worker
     from .application import make_application
@@ -289,7 +380,7 @@ def _serve(args: argparse.Namespace) -> int:
         logs.configure(config.log.format, config.log.level, worker=index)
         return worker.serve(config, sockets, board, index, make_application)
 
-    return daemon.run(loaded.config, serve=serve)
+    return daemon.run(loaded, serve=serve, read=read)
 
 
 def _dest(option: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cores import usable_cores
+from .keys import MIN_SECRET_BYTES
 from .reading import DEFAULT, RULE_KEYS, Origin, Reading
 from .settings import (
     SETTINGS,
@@ -142,6 +143,11 @@ def _doubts(config: Config, origins: Mapping[tuple[str, str], Origin]) -> Iterat
                 yield f"[redis] {key} ({origins['redis', key]}) has no effect, it is for `embedded:` only"
     if 0 < limits.max_queue_bytes < limits.max_message_bytes:
         yield "[limits] max_queue_bytes is less than max_message_bytes: one large message overfills a queue"
+    if any(len(given.text.encode()) < MIN_SECRET_BYTES for given in config.auth.jwt_secret):
+        yield (
+            f"[auth] jwt_secret ({origins['auth', 'jwt_secret']}): a secret of fewer than {MIN_SECRET_BYTES}"
+            " bytes can be guessed; production refuses it"
+        )
     rules = config.channels.rules
     reached = _reached(rules)
     for rule in rules[reached:]:

@@ -12,7 +12,9 @@ and replaces dead ones; what that function leaves open is here:
 - No orphans: the kernel kills the workers and the embedded server when the parent dies.
 
     SIGTERM, SIGINT   stop everything; the second one at once
-    SIGHUP            replace the workers, one at a time
+    SIGHUP            read the configuration again; a bad one is told and the old one stays. What running
+                      workers can take over goes to them over the board, checked, so that all have the same.
+                      Any other change, or none, replaces the workers, one at a time.
 """
 
 import contextlib
@@ -20,7 +22,7 @@ import dataclasses
 import gc
 import logging
 import os
-import random
+import pickle
 import resource
 import signal
 import socket
@@ -39,12 +41,15 @@ from .brokers.embedded import EmbeddedServer, die_with_parent
 from .brokers.redis import check_server
 from .config import Config
 from .errors import ConfigError
+from .forks import ForkLog, pause
+from .reload import compare
 
 logger = logging.getLogger(__name__)
 
 # Runs one worker in its own process until it is told to leave by SIGTERM. 0: it left as it was told;
 # anything else, or an exception, is a death.
 Serve = Callable[[Config, list[socket.socket], Board, int], int]
+Read = Callable[[], Config]
 
 CLOCK_SECONDS = 0.2
 # How long (seconds) the workers have to leave when everything stops; then they are killed. In the same way
@@ -54,20 +59,19 @@ STOP_SECONDS = 5.0
 GRACE_SECONDS = 5.0
 # A worker that is not heard for so long is reported.
 HUNG_SECONDS = 5.0
-FIRST_PAUSE_SECONDS = 0.1
-LAST_PAUSE_SECONDS = 5.0
 # With which a worker leaves that is to be replaced.
 REPLACE_EXIT = 3
 
 
-def run(config: Config, *, serve: Serve) -> int:
+def run(config: Config, *, serve: Serve, read: Read | None = None) -> int:
     """Run the daemon until it is told to stop; the exit code, 1 if it could not start.
 
     `serve` runs in each worker with its configuration, in which the URL of an embedded server stands in
-    place of `embedded:`, the listening sockets, the board and its index.
+    place of `embedded:`, the listening sockets, the board and its index. `read` gives the configuration again
+    after SIGHUP, or raises ConfigError.
     """
     try:
-        return _Parent(config, serve).run()
+        return _Parent(config, serve, read or (lambda: config)).run()
     except ConfigError as error:
         for problem in error.problems:
             logger.error("%s", problem, extra={"event": "start_failed"})
@@ -77,8 +81,13 @@ def run(config: Config, *, serve: Serve) -> int:
 class _Parent:
     """See the module. In the workers it is what the fork has left them of the parent."""
 
-    def __init__(self, config: Config, serve: Serve) -> None:
+    def __init__(self, config: Config, serve: Serve, read: Read) -> None:
         self._config = config
+        # As it was read: `_config` has the embedded server's URL in it.
+        self._given = config
+        self._read = read
+        # SIGHUP has come.
+        self._reload_asked = False
         self._serve = serve
         self._pid = os.getpid()
         self._sockets: list[socket.socket] = []
@@ -86,7 +95,7 @@ class _Parent:
         self._embedded: EmbeddedServer | None = None
         if config.redis.url == "embedded:":
             self._embedded = EmbeddedServer(config.redis.data_dir, config.redis.appendfsync)
-        self._fork_log = _ForkLog(self._board)
+        self._fork_log = ForkLog(self._board)
         # True while `_tick` runs, which a signal may interrupt.
         self._ticking = False
         # When everything stops: when the workers must have left, and who has been told.
@@ -116,7 +125,7 @@ class _Parent:
             if self._embedded is not None:
                 if not self._embedded.start(cancelled=lambda: self._board.stopping):
                     return 0
-                self._use_embedded(self._embedded.url)
+                self._use_url(self._embedded.url)
             elif not self._config.redis.url.startswith("memory:"):
                 # One that will never do is better told of now than by each worker; one that is away may come.
                 warning = check_server(self._config.redis.url)
@@ -135,7 +144,7 @@ class _Parent:
             for sock in self._sockets:
                 sock.close()
 
-    def _use_embedded(self, url: str) -> None:
+    def _use_url(self, url: str) -> None:
         redis = dataclasses.replace(self._config.redis, url=url)
         self._config = dataclasses.replace(self._config, redis=redis)
 
@@ -189,7 +198,7 @@ class _Parent:
         early_deaths = board.claim(index)
         # From here on the parent finds this process on the board. It may have begun to stop before.
         if early_deaths and not board.stopping:
-            _pause(index, early_deaths)
+            pause(index, early_deaths)
         code = 0
         if not board.stopping:
             board.begin()
@@ -218,8 +227,39 @@ class _Parent:
 
     def _on_hangup(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid and not self._board.stopping:
+            self._reload_asked = True
+
+    def _reload(self) -> None:
+        """Read the configuration again, and do what is to be done about it."""
+        try:
+            change = compare(self._given, self._read())
+        except ConfigError as error:
+            for problem in error.problems:
+                logger.error("SIGHUP: %s", problem, extra={"event": "reload_failed"})
+            logger.error("SIGHUP: the old configuration stays", extra={"event": "reload_failed"})
+            return
+        for sentence in (*change.taken, *change.replacing):
+            logger.info("SIGHUP: %s", sentence, extra={"event": "reload"})
+        for sentence in change.fixed:
+            logger.warning("SIGHUP: only a restart can change %s", sentence, extra={"event": "reload_fixed"})
+        url = self._config.redis.url
+        self._given = self._config = change.config
+        self._use_url(url)
+        handed = change.taken and self._hand_over(change.handed)
+        if change.replacing or change.fixed or not handed:
             logger.info("SIGHUP: the workers are replaced one by one", extra={"event": "replacing"})
             self._queue = list(range(self._board.workers))
+
+    def _hand_over(self, config: Config) -> bool:
+        """Have the running workers take over what they can. False: it does not fit on the board."""
+        try:
+            self._board.put_settings(pickle.dumps(config))
+        except ValueError:
+            return False
+        for slot in self._board.slots():
+            if self._is_child(slot.pid):
+                os.kill(slot.pid, signal.SIGHUP)
+        return True
 
     def _on_clock(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid:
@@ -234,6 +274,9 @@ class _Parent:
             if self._board.stopping:
                 self._stop_workers(now)
             else:
+                if self._reload_asked:
+                    self._reload_asked = False
+                    self._reload()
                 self._replace_workers(now)
                 if self._embedded is not None:
                     self._embedded.tend(now)
@@ -325,46 +368,6 @@ class _Parent:
             self._board.workers,
             extra={"event": "serving"},
         )
-
-
-class _ForkLog(logging.Filter):
-    """Says in our words what `fork_processes` logs of each dead child; who left as told is no warning."""
-
-    def __init__(self, board: Board) -> None:
-        super().__init__()
-        self._board = board
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if not (str(record.msg).startswith("child %d") and isinstance(record.args, tuple)):
-            return True
-        index, pid, code = (*record.args, 0)[:3]
-        assert isinstance(index, int)
-        if self._board.stopping:
-            return False
-        if self._board.slot(index).pid != pid:
-            logger.info(
-                "worker %d (pid %d) has left and is replaced", index, pid, extra={"event": "worker_left"}
-            )
-            return False
-        how = "was killed by signal" if "signal" in record.msg else "ended with status"
-        logger.warning(
-            "worker %d (pid %d) %s %d and is replaced", index, pid, how, code, extra={"event": "worker_died"}
-        )
-        return False
-
-
-def _pause(index: int, early_deaths: int) -> None:
-    """Hold a worker up whose predecessors died at once. SIGTERM, which kills it here, ends the pause."""
-    longest = min(LAST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(early_deaths - 1, 20))
-    seconds = longest * random.uniform(0.5, 1.0)
-    logger.warning(
-        "worker %d: %d in a row died young; pausing %.2f s",
-        index,
-        early_deaths,
-        seconds,
-        extra={"event": "worker_pausing"},
-    )
-    time.sleep(seconds)
 
 
 def _raise_descriptors() -> None:

@@ -82,6 +82,7 @@ class Dispatch:
         if persistent and topic.edge is not None and topic.seq > topic.edge:
             self._check_windows(topic)
         policy = "wait" if persistent else topic.rule.slow_consumer
+        left = len(frames)
         for batch in _batches(frames):
             data = batch[0] if len(batch) == 1 else b"".join(batch)
             sent, refused = self._hub.fan_out(channel, data, batch, policy)
@@ -92,7 +93,9 @@ class Dispatch:
                 self._metrics.observe_lag(max(0.0, time.time() - topic.timestamp / 1000), count)
             for sink in refused:
                 self.fall_behind(topic.live[sink])
-            topic.flushed += len(batch)
+            left -= len(batch)
+            # Counted from the end: a publisher who knows another rule than this node sends without numbers.
+            topic.flushed = max(topic.flushed, topic.seq - left)
         if topic.edge is not None:
             self._active.add(topic)
 

@@ -4,6 +4,7 @@ Owns names and numbers only; imports nothing of the package.
 
     BcastError
     +-- ConfigError          the configuration cannot be used; the start stops
+    +-- BadToken             somebody's token cannot be accepted
     +-- Refusal              a request is answered by an `error` (WebSocket) or an error body (HTTP)
     +-- Unavailable          the broker did not take (or may not have taken) something; try again later
 """
@@ -74,6 +75,10 @@ class ConfigError(BcastError):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class BadToken(BcastError):
+    """A token cannot be accepted. `str(error)` is a sentence for its owner, and never quotes it."""
 
 
 class Refusal(BcastError):

@@ -10,12 +10,13 @@ import asyncio
 import logging
 import random
 import secrets
-import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from .brokers import BusMessage, SessionStore
 from .errors import CloseCode, Unavailable
 from .eventloop import until_tick
+from .rules import Principal
 from .session import Session
 from .wheel import Wheel
 
@@ -60,7 +61,7 @@ class Keeper:
         """The keeper's clock, until cancelled."""
         while True:
             await asyncio.sleep(until_tick(_TICK))
-            for kept in self._wheel.expired(time.monotonic()):
+            for kept in self._wheel.expired(_now()):
                 # A change that was to be saved may have gone with another one.
                 if not kept.soon or kept.session.changed or not kept.session.is_stored:
                     self._save_later(kept.session, kept.end)
@@ -72,30 +73,33 @@ class Keeper:
         while self._saving:
             await asyncio.wait(self._saving)
 
-    async def resume(self, session_id: str, principal: str) -> Session | None:
+    async def resume(self, session_id: str, who: Principal) -> Session | None:
         """Take a session over from whoever holds it. None: there is none of this id and principal.
 
         Raises Unavailable when the store cannot say.
         """
         name = Session.name(session_id)
-        stored = await self._store.resume(name, principal, self.channel, self._stored_for)
+        stored = await self._store.resume(name, who.sub, self.channel, self._stored_for)
         if stored is None:
             return None
         session = Session(stored, session_id)
-        session.principal = principal
+        session.who = who
         return session
 
     def add(self, session: Session, end: End) -> None:
         """A connection holds this session now; another of this worker that did is closed."""
         name = Session.name(session.id)
-        old = self._kept.get(name)
-        kept = self._kept[name] = _Kept(session, end)
+        old, kept = self._kept.get(name), _Kept(session, end)
+        if old is not None and old.session.generation > session.generation:
+            # A newer one has overtaken this one while it was restored.
+            self._end(kept)
+            return
         if old is not None:
             self._wheel.discard(old, old.slot)
             self._end(old)
-        self._schedule(kept)
-        if not session.is_stored:
-            self.touch(session)
+        self._kept[name] = kept
+        # Also one that is stored as it is: what was told of a newer one before now went past it.
+        kept.slot = self._wheel.add(kept, _soon())
 
     def remove(self, session: Session) -> None:
         """The connection has ended: from now on the session's time runs."""
@@ -113,9 +117,7 @@ class Keeper:
         if kept is not None and not kept.soon:
             kept.soon = True
             self._wheel.discard(kept, kept.slot)
-            # Spread, so that the acks of one broadcast are not saved all at once.
-            due = time.monotonic() + SAVE_SECONDS * random.uniform(0.4, 0.8)
-            kept.slot = self._wheel.add(kept, due)
+            kept.slot = self._wheel.add(kept, _soon())
 
     async def save(self, session: Session, end: End, ttl: float | None = None) -> None:
         """Save now what has changed. Raises Unavailable when that cannot be known to have been done."""
@@ -126,6 +128,8 @@ class Keeper:
                 saved = await self._store.save(name, change, ttl or self._stored_for)
             except BaseException:
                 session.put_back(change)
+                # While the connection lives, it is tried again.
+                self.touch(session)
                 raise
             if saved == "saved":
                 return
@@ -152,7 +156,7 @@ class Keeper:
         return self._ttl * (1 + _RENEWAL)
 
     def _schedule(self, kept: _Kept) -> None:
-        kept.slot = self._wheel.add(kept, time.monotonic() + self._ttl * _RENEWAL * random.uniform(0.8, 1.0))
+        kept.slot = self._wheel.add(kept, _now() + self._ttl * _RENEWAL * random.uniform(0.8, 1.0))
 
     def _save_later(self, session: Session, end: End, ttl: float | None = None) -> None:
         if not session.taken:
@@ -161,8 +165,14 @@ class Keeper:
             task.add_done_callback(self._saving.discard)
 
     async def _save_quietly(self, session: Session, end: End, ttl: float | None) -> None:
-        try:
+        with suppress(Unavailable):
             await self.save(session, end, ttl)
-        except Unavailable:
-            # While the connection lives, the next turn tries again.
-            self.touch(session)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _soon() -> float:
+    """Spread, so that the acks of one broadcast are not saved all at once."""
+    return _now() + SAVE_SECONDS * random.uniform(0.4, 0.8)

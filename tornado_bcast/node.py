@@ -18,6 +18,7 @@ from .hub import Hub
 from .metrics import Metrics
 from .protocol import Position
 from .reader import PIECE, StreamReader
+from .rules import ChannelRules
 from .topic import Topic
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,14 @@ class Node:
                 self._listed = [name for name in names if not name.startswith("$")]
                 self._listed_at = asyncio.get_running_loop().time()
         return self._listed
+
+    def use_rules(self, rules: ChannelRules) -> None:
+        """Take over new rules for the channels in use. What is persistent stays so as long as it is used."""
+        self._everybody.rule = rules.everybody
+        for topic in self._topics.values():
+            rule = rules.find(topic.channel)
+            if rule.persistent == topic.rule.persistent:
+                topic.rule = rule
 
     # Publishing
 
@@ -202,10 +211,13 @@ class Node:
             return topic.seq, True
         if since is not None and since.seq == topic.seq and topic.knows(since.epoch, since.seq):
             return since.seq, True
-        history = await self._reader.piece(topic.channel, topic.seq, 0)
+        if since is None or topic.knows(since.epoch, since.seq):
+            history = await self._reader.piece(topic.channel, topic.seq, 0)
+        else:
+            # It may be newer than what this node has heard, and than a read that somebody else has begun.
+            history = await self._reader.read(topic.channel, topic.seq, 0)
         if history.epoch != topic.epoch or (since is not None and topic.seq < since.seq <= history.seq):
-            # This node has not heard all of it yet.
-            await self._caught_up(topic)
+            await self._caught_up(topic, history)
         oldest = min(history.first - 1, topic.seq)
         if since is None:
             return max(topic.seq - (last or 0), oldest), True
@@ -213,12 +225,17 @@ class Node:
             return since.seq, True
         return oldest, False
 
-    async def _caught_up(self, topic: Topic) -> None:
-        self._fill_soon(topic)
-        assert topic.filling is not None
-        done, _ = await asyncio.wait({topic.filling}, timeout=self._join_timeout)
-        if not done:
-            raise Unavailable("Redis does not answer; subscribe again.", int(spread(1000)))
+    async def _caught_up(self, topic: Topic, history: History) -> None:
+        """Wait until this node has heard what a read has shown, or what came in its place since."""
+        # What is being filled already may have been read before that; the next time it is not.
+        for _ in range(2):
+            if topic.epoch == history.epoch and topic.seq >= history.seq:
+                return
+            self._fill_soon(topic)
+            assert topic.filling is not None
+            done, _ = await asyncio.wait({topic.filling}, timeout=self._join_timeout)
+            if not done:
+                raise Unavailable("Redis does not answer; subscribe again.", int(spread(1000)))
 
     # Holes
 

@@ -2,15 +2,16 @@
 
 Owns where a value comes from, which names may stand where, and what holds between keys. Which keys there are
 is the table of settings.py, how a value is written is in values.py and addresses.py, the file's syntax in
-ini.py. Touches the file, the environment that it is given and, for TLS, the two files that it names.
+ini.py, what a key is in keys.py. Touches the file, the environment that it is given, and the files that
+[auth] and TLS name.
 """
 
-import re
 import ssl
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from . import keys
 from .errors import ConfigError
 from .ini import MAX_BYTES, MAX_FAULTS, IniKey, IniSection, parse_ini
 from .settings import (
@@ -30,7 +31,7 @@ from .settings import (
     default_access,
     unsupported,
 )
-from .values import nearest, printable, quote, suggest
+from .values import Given, is_glob, nearest, printable, quote, suggest
 
 # Section -> key -> row. `[channel GLOB]` takes the rows of `[channels]` that are marked as a rule's.
 _KEYS = {
@@ -41,8 +42,6 @@ RULE_KEYS = {row.key: row for row in SETTINGS if row.rule}
 _VARIABLES = frozenset(name for row in SETTINGS for name in row.variables)
 # Those of `tornado-bcast publish` and `tail`, no settings of the daemon.
 _CLIENT_VARIABLES = ("BCAST_URL", "BCAST_KEY")
-# Channel names (rules.py) and the two signs.
-_GLOB = re.compile(r"[A-Za-z0-9_\-.:@=+/~*?]{1,255}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +157,7 @@ class Reading:
             hint = f"; did you mean `{meant}`?" if near else f"; valid: {valid}, [channel GLOB]"
             self.faults.append((origin, f"[{printable(name)}]: unknown section{hint}"))
             return False
-        if not _GLOB.fullmatch(glob):
+        if not is_glob(glob):
             self.faults.append((origin, f"[{printable(name)}]: {_BAD_GLOB}"))
             return False
         if glob not in self.patterns:
@@ -197,6 +196,7 @@ class Reading:
         """Check what concerns several keys, fill in what is found out at the start, and build the result."""
         self._check_tls()
         self._check_redis()
+        self._check_auth()
         self._resolve(cores)
         if self.faults:
             raise ConfigError(
@@ -236,6 +236,56 @@ class Reading:
             self._fault(
                 "redis", "wait_replicas", f"`{url}` has no replicas, no publish would be acknowledged"
             )
+
+    def _check_auth(self) -> None:
+        """Read the files that [auth] names, and look at every key."""
+        readers: dict[str, tuple[Callable[[str], list[str]], Callable[[str], object]]] = {
+            "jwt_secret": (str.splitlines, self._check_secret),
+            "jwt_public_key": (keys.split_pem, keys.read_public_key),
+            "jwks_file": (_whole, keys.read_key_set),
+            "jwt_audience": (str.splitlines, _whole),
+            "jwt_issuer": (str.splitlines, _whole),
+            "api_keys": (_uncommented, self._check_api_key),
+        }
+        for key, (split, check) in readers.items():
+            found: list[Given] = []
+            for given in self.values["auth", key]:
+                where = f"{quote(given.path)}: " if given.path else ""
+                try:
+                    texts = [text.strip() for text in split(_contents(given))] if given.path else [given.text]
+                    texts = [text for text in texts if text]
+                    if not texts:
+                        raise ValueError("the file is empty")
+                    for text in texts:
+                        check(text)
+                except OSError as error:
+                    self._fault("auth", key, f"{where}the file cannot be read: {error.strerror}")
+                except ValueError as error:
+                    self._fault("auth", key, f"{where}{error}")
+                else:
+                    found += (Given(text, given.path) for text in texts)
+            self.values["auth", key] = tuple(found)
+        digests = [given.text.split()[0].lower() for given in self.values["auth", "api_keys"]]
+        if len(set(digests)) < len(digests):
+            self._fault("auth", "api_keys", "a key stands there twice")
+
+    def _check_secret(self, text: str) -> None:
+        keys.read_secret(text)
+        if len(text.encode()) < keys.MIN_SECRET_BYTES and self.values["server", "env"] == "production":
+            raise ValueError(
+                f"a secret of fewer than {keys.MIN_SECRET_BYTES} bytes can be guessed, production takes none;"
+                " make one with `openssl rand -base64 32`"
+            )
+
+    def _check_api_key(self, line: str) -> None:
+        key = keys.read_api_key(line)
+        if self.values["server", "env"] == "production":
+            for known in keys.KNOWN_KEYS:
+                if key.digest == keys.digest(known):
+                    raise ValueError(
+                        f"`{known}` is known to everybody, and production takes no such key;"
+                        " `tornado-bcast key` makes one"
+                    )
 
     def _resolve(self, cores: Callable[[], int]) -> None:
         """Give the keys whose default depends on others their value."""
@@ -282,6 +332,26 @@ _BAD_GLOB = (
     "A-Z a-z 0-9 _ - . : @ = + / ~ and the signs * and ?"
 )
 _ONE_LINE = "the key takes one value on one line; this line is indented, so it belongs to the key above"
+
+
+def _contents(given: Given) -> str:
+    assert given.path is not None
+    with open(given.path, "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError("the file is too large to hold keys")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("the file is no UTF-8 text") from None
+
+
+def _whole(text: str) -> list[str]:
+    return [text]
+
+
+def _uncommented(text: str) -> list[str]:
+    return [line for line in text.splitlines() if not line.lstrip().startswith("#")]
 
 
 def _near_variable(name: str) -> str | None:

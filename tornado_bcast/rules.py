@@ -5,10 +5,12 @@ Pure functions and small tables; nothing here knows sockets or the clock, times 
 
 import re
 from collections.abc import Iterable
-from typing import Literal
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final, Literal
 
 from .config import ChannelRule, ChannelsConfig
-from .errors import Refusal
+from .errors import ErrorCode, Refusal
 
 # RFC 3986's unreserved characters and a few that people use to structure names.
 _CHANNEL = re.compile(r"[A-Za-z0-9_\-.:@=+/~]{1,255}")
@@ -40,6 +42,48 @@ def glob(pattern: str) -> re.Pattern[str]:
     return re.compile(f"{first}{runs}.*{parts[-1]}" if len(parts) > 1 else parts[0], re.DOTALL)
 
 
+# Those of tokens; most are the same for all, or name one channel and need no pattern.
+_compiled = lru_cache(4096)(glob)
+
+
+def matches(patterns: Iterable[str], name: str) -> bool:
+    """Whether one of the globs matches the whole name."""
+    for pattern in patterns:
+        if pattern == name or pattern == "*":
+            return True
+        if ("*" in pattern or "?" in pattern) and _compiled(pattern).fullmatch(name):
+            return True
+    return False
+
+
+def may_publish(patterns: Iterable[str], channel: str | None) -> bool:
+    """Whether to this channel; None is to everybody, which only the glob `*` allows."""
+    return "*" in patterns if channel is None else matches(patterns, channel)
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who somebody is, and what the token says that they may: globs of channels. `sub` "" is nobody.
+
+    `expires_at` is in Unix seconds, None: never.
+    """
+
+    sub: str
+    subscribe: tuple[str, ...] = ()
+    publish: tuple[str, ...] = ()
+    expires_at: int | None = None
+
+    def may_subscribe(self, channel: str) -> bool:
+        return matches(self.subscribe, channel)
+
+    def may_publish(self, channel: str | None) -> bool:
+        return may_publish(self.publish, channel)
+
+
+# A connection without a token.
+NOBODY: Final = Principal("")
+
+
 class ChannelRules:
     """Finds the rule of a channel: that of the first `[channel GLOB]` that matches, else the defaults."""
 
@@ -48,6 +92,11 @@ class ChannelRules:
         self._globs = [(glob(rule.pattern), rule) for rule in channels.rules]
         self._cache: dict[str, ChannelRule] = {}
         self.publish_all = channels.publish_all
+
+    @property
+    def everybody(self) -> ChannelRule:
+        """What holds for a broadcast to all: the defaults."""
+        return self._default
 
     def find(self, channel: str) -> ChannelRule:
         rule = self._cache.get(channel)
@@ -58,32 +107,46 @@ class ChannelRules:
             self._cache[channel] = rule
         return rule
 
-    def check_subscribe(self, channel: str) -> ChannelRule:
+    def check_subscribe(self, channel: str, who: Principal = NOBODY) -> ChannelRule:
         """The rule of a channel that this client may subscribe to; Refusal otherwise."""
         rule = self.find(channel)
-        if rule.subscribe != "anyone":
-            raise Refusal(
-                "forbidden",
-                "This channel cannot be subscribed to.",
-                channel=channel,
-                setting=f"[{_section(rule)}] subscribe",
-            )
-        return rule
+        if rule.subscribe == "anyone" or (rule.subscribe == "token" and who.may_subscribe(channel)):
+            return rule
+        raise self._refusal(
+            "This channel cannot be subscribed to."
+            if rule.subscribe == "nobody"
+            else "Subscribing to this channel needs a token: connect with one, or send `auth`."
+            if not who.sub
+            else "Your token does not allow to subscribe to this channel.",
+            needs_token=rule.subscribe == "token" and not who.sub,
+            channel=channel,
+            setting=f"[{_section(rule)}] subscribe",
+        )
 
-    def check_publish(self, channel: str | None, via: Literal["ws", "http"]) -> ChannelRule:
+    def check_publish(
+        self, channel: str | None, via: Literal["ws", "http"], who: Principal = NOBODY
+    ) -> ChannelRule:
         """The rule of a channel that this publisher may publish to; None is a broadcast to all."""
         rule = self._default if channel is None else self.find(channel)
         allowed, key = (self.publish_all, "publish_all") if channel is None else (rule.publish, "publish")
-        if via == "http" or allowed == "anyone":
+        if via == "http" or allowed == "anyone" or (allowed == "token" and who.may_publish(channel)):
             return rule
-        raise Refusal(
-            "forbidden",
-            "Messages to everybody are published over HTTP only."
-            if channel is None
-            else "This channel is published to over HTTP only.",
+        what = "Messages to everybody" if channel is None else "Messages to this channel"
+        raise self._refusal(
+            f"{what} are published over HTTP only."
+            if allowed == "server"
+            else f"{what} need a token: connect with one, or send `auth`."
+            if not who.sub
+            else f"{what} are not allowed by your token.",
+            needs_token=allowed == "token" and not who.sub,
             channel=channel,
             setting=f"[{'channels' if channel is None else _section(rule)}] {key}",
         )
+
+    @staticmethod
+    def _refusal(message: str, *, needs_token: bool, channel: str | None, setting: str) -> Refusal:
+        code: ErrorCode = "unauthorized" if needs_token else "forbidden"
+        return Refusal(code, message, channel=channel, setting=setting)
 
 
 def _section(rule: ChannelRule) -> str:

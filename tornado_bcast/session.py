@@ -15,7 +15,7 @@ from .config import ChannelRule, LimitsConfig
 from .delivery import Delivery
 from .errors import Refusal
 from .protocol import Auth, Broadcast, Command, Position, Subscribe, Unsubscribe
-from .rules import ChannelRules, take_tokens
+from .rules import NOBODY, ChannelRules, Principal, take_tokens
 
 # How many bursts' worth of refused requests a client may send before its connection is closed for it.
 _PATIENCE = 4
@@ -59,18 +59,18 @@ class Session:
         "generation",
         "id",
         "is_stored",
-        "principal",
         "restorable",
         "subscriptions",
         "taken",
+        "who",
     )
 
     def __init__(self, stored: StoredSession | None = None, session_id: str | None = None) -> None:
         # 128 random bits, from the operating system.
         self.id = session_id or secrets.token_urlsafe(16)
         self.client_id = stored.client_id if stored else secrets.token_urlsafe(9)
-        # Who this is: the `sub` of a token; "" for nobody.
-        self.principal = ""
+        # Who this is. It changes by `admit` alone.
+        self.who = NOBODY
         # Higher than that of every connection that held this session before.
         self.generation = stored.generation if stored else 1
         self.is_stored = stored is not None
@@ -84,6 +84,18 @@ class Session:
         # The rate bucket, and the one that refused requests are taken from (rules.take_tokens).
         self._full_at = 0.0
         self._patient_until = 0.0
+
+    def admit(self, who: Principal) -> None:
+        """The client has shown a token. Nobody may become somebody, but somebody never somebody else."""
+        if self.who.sub not in ("", who.sub):
+            raise Refusal(
+                "forbidden",
+                "This token is another one's (`sub`): a connection keeps its own; open a new one for it.",
+            )
+        if self.who.sub != who.sub:
+            # Whose session it is has changed, so what is stored is written anew.
+            self.is_stored = False
+        self.who = who
 
     @staticmethod
     def name(session_id: str) -> str:
@@ -100,7 +112,7 @@ class Session:
         }
         self.changed.clear()
         self.is_stored = True
-        return SessionChange(self.generation, self.principal, self.client_id, owner, channels, whole)
+        return SessionChange(self.generation, self.who.sub, self.client_id, owner, channels, whole)
 
     def put_back(self, change: SessionChange) -> None:
         """A change was not written, or it is not known whether it was."""
@@ -114,15 +126,12 @@ class Session:
         match command:
             case Subscribe(channel=channel):
                 self.pay(limits, now)
-                return rules.check_subscribe(channel)
-            case Unsubscribe():
+                return rules.check_subscribe(channel, self.who)
+            case Unsubscribe() | Auth():
                 self.pay(limits, now)
             case Broadcast(channel=channel):
                 self.pay(limits, now)
-                return rules.check_publish(channel, "ws")
-            case Auth():
-                self.pay(limits, now)
-                raise Refusal("unauthorized", "Tokens are not supported by this version of the server yet.")
+                return rules.check_publish(channel, "ws", self.who)
             case _:
                 pass
         return None

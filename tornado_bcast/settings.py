@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from . import addresses, values
 from .addresses import Network
-from .values import Kind
+from .values import Given, Kind
 
 Environment = Literal["development", "production"]
 LogFormat = Literal["json", "text"]
@@ -61,12 +61,14 @@ class CorsConfig:
 
 @dataclass(frozen=True, slots=True)
 class AuthConfig:
-    jwt_secret: tuple[str, ...]
-    jwt_public_key: tuple[str, ...]
-    jwks_file: tuple[str, ...]
-    jwt_audience: tuple[str, ...]
-    jwt_issuer: tuple[str, ...]
-    api_keys: tuple[str, ...]
+    """What stands in files is here as well; keys.py makes keys of it."""
+
+    jwt_secret: tuple[Given, ...]
+    jwt_public_key: tuple[Given, ...]
+    jwks_file: tuple[Given, ...]
+    jwt_audience: tuple[Given, ...]
+    jwt_issuer: tuple[Given, ...]
+    api_keys: tuple[Given, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,17 +227,17 @@ SETTINGS: tuple[Setting, ...] = (
         "CORS_ORIGIN"),
 
     _setting("auth", "jwt_secret", values.verbatim_lines(secret=True), "",
-        "Secrets that HS256 tokens are checked with, one a line, or file:PATH."),
+        "Secrets that HS256, HS384 and HS512 tokens are checked with, one a line, or file:PATH."),
     _setting("auth", "jwt_public_key", values.verbatim_lines(), "",
         "Public keys that RS256, ES256 and EdDSA tokens are checked with, file:PATH of a PEM file."),
-    _setting("auth", "jwks_file", values.verbatim_lines(), "",
+    _setting("auth", "jwks_file", values.verbatim_lines(files=True), "",
         "Files with a JSON Web Key Set, whose kid chooses the key."),
     _setting("auth", "jwt_audience", values.verbatim_lines(), "",
         "A token must be meant for one of these (aud)."),
     _setting("auth", "jwt_issuer", values.verbatim_lines(), "",
         "A token must come from one of these (iss)."),
     _setting("auth", "api_keys", values.verbatim_lines(secret=True), "",
-        "Hashes of the keys that open the HTTP endpoints, one a line, or file:PATH."),
+        "Hashes of the keys that open the HTTP endpoints (tornado-bcast key), one a line, or file:PATH."),
 
     _setting("limits", "rate", values.number(1_000_000), "50",
         "Requests a second of one connection; ack and pong are free. 0: no limit, as in all of these."),
@@ -278,9 +280,9 @@ SETTINGS: tuple[Setting, ...] = (
     _rule("dedup_ttl", values.duration(high=30 * _DAY), "5m",
         "How long a messageId is remembered, so that a retry is no second message; 0s: off."),
     _rule("subscribe", values.choice("anyone", "token", "nobody"), "anyone",
-        "Who may subscribe: anyone, token (not in this version) or nobody."),
+        "Who may subscribe: anyone, token (one that allows it; the default with a JWT key) or nobody."),
     _rule("publish", values.choice("anyone", "token", "server"), "anyone",
-        "Who may publish: anyone, token (not in this version) or server (HTTP with a key only)."),
+        "Who may publish: anyone, token (as above) or server (HTTP with a key only)."),
     _rule("sender", values.boolean(), "no",
         "yes: each message says from which client it came."),
     _rule("slow_consumer", values.choice("disconnect", "drop_oldest", "latest"), "disconnect",
@@ -292,7 +294,7 @@ SETTINGS: tuple[Setting, ...] = (
     _rule("max_in_flight", values.whole(1, 1_000_000), "1000",
         "Messages that may be on their way to one subscriber without an ack."),
     _setting("channels", "publish_all", values.choice("server", "token", "anyone"), "server",
-        "Who may broadcast to everybody: server (HTTP with a key), token (not in this version) or anyone."),
+        "Who may broadcast to everybody: server (HTTP with a key), token (with publish: *) or anyone."),
 )
 # fmt: on
 
@@ -303,10 +305,6 @@ def unsupported(setting: Setting, value: Any) -> str | None:
     The issue that brings a feature deletes its line here.
     """
     name = setting.section, setting.key
-    if setting.section == "auth" and value:
-        return "tokens and API keys come with the issue on access; not supported by this version yet"
-    if setting.section == "channels" and value == "token":
-        return "`token`: tokens come with the issue on access; not supported by this version yet"
     if name == ("redis", "url") and value.startswith(("sentinel://", "cluster://")):
         scheme = value.partition("://")[0]
         return f"`{scheme}://` comes with the scale-out issue; not supported by this version yet"

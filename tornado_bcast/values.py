@@ -7,13 +7,15 @@ file or the environment. `read` raises ValueError with a sentence that never rep
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
 # What a secret is shown as.
 MASK = "***"
 
+# Channel names (rules.py) and the two signs.
+_GLOB = re.compile(r"[A-Za-z0-9_\-.:@=+/~*?]{1,255}")
 _DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(ms|s|m|h|d)?")
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _SIZE = re.compile(r"([0-9]{1,15})([kmgKMG])?")
@@ -43,6 +45,19 @@ class Kind:
     lines: bool = False
     verbatim: bool = False
     secret: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A value of [auth]: its text, which may be secret, and the path of the file that it was read from."""
+
+    text: str = field(repr=False)
+    path: str | None = None
+
+
+def is_glob(text: str) -> bool:
+    """Whether this is a glob of channel names."""
+    return _GLOB.fullmatch(text) is not None
 
 
 def printable(text: str) -> str:
@@ -199,13 +214,41 @@ def path(absolute: bool = False) -> Kind:
     return Kind(read, lambda value: value or "")
 
 
-def verbatim_lines(secret: bool = False) -> Kind:
-    """One value a line, each taken as it is."""
+def verbatim_lines(secret: bool = False, files: bool = False) -> Kind:
+    """Values as `Given`, one a line and each taken as it is; a PEM text is one value.
 
-    def read(text: str) -> tuple[str, ...]:
-        return tuple(line.strip() for line in text.split("\n") if line.strip())
+    `file:PATH` stands for what is in a file, which is read later; `files`: every value is a path.
+    """
 
-    return Kind(read, ", ".join, lines=True, verbatim=True, secret=secret)
+    def read(text: str) -> tuple[Given, ...]:
+        values: list[Given] = []
+        pem: list[str] = []
+        for line in filter(None, map(str.strip, text.split("\n"))):
+            if pem or (line.startswith("-----BEGIN ") and not secret):
+                pem.append(line)
+                if line.startswith("-----END "):
+                    values.append(Given("\n".join(pem)))
+                    pem = []
+            elif files or line.startswith("file:"):
+                name = line.removeprefix("file:").strip()
+                if not name or not name.isprintable():
+                    raise ValueError("`file:` needs the path of a file")
+                values.append(Given("", name))
+            else:
+                values.append(Given(line))
+        if pem:
+            raise ValueError("a PEM text ends with `-----END ...-----`")
+        return tuple(values)
+
+    def show(values: tuple[Given, ...]) -> str:
+        return ", ".join(
+            dict.fromkeys(
+                f"file:{value.path}" if value.path else MASK if secret else printable(value.text)
+                for value in values
+            )
+        )
+
+    return Kind(read, show, lines=True, verbatim=True, secret=secret)
 
 
 def prefix() -> Kind:
@@ -220,6 +263,8 @@ def prefix() -> Kind:
 
 
 def masked(kind: Kind, value: Any) -> str:
-    """The value as it may be shown to anybody who may see the configuration; empty where it is not set."""
-    shown = kind.show(value)
-    return MASK if kind.secret and shown else shown
+    """The value as it may be shown to anybody who may see the configuration; empty where it is not set.
+
+    A kind that is secret masks itself, but for the paths of files.
+    """
+    return kind.show(value)

@@ -1,6 +1,6 @@
 """A timer wheel: many items with due times behind one timer (heartbeats, acks). Knows no clock."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -31,11 +31,17 @@ class Wheel(Generic[Item]):
         items = self._slots.get(slot)
         if items is not None:
             items.pop(item, None)
+            if not items:
+                # Its turn may be days away.
+                del self._slots[slot]
 
     def expired(self, now: float) -> Iterator[Item]:
         """Take out and yield what is due: never early, and late by at most one tick."""
         turn = int(now / self._tick)
-        due = sorted(slot for slot in self._slots if slot <= turn)
+        # Few slots have passed, unless it is the first time; there may be many that have not.
+        due: Iterable[int] = range(self._turned + 1, turn + 1)
+        if turn - self._turned > len(self._slots):
+            due = sorted(slot for slot in self._slots if slot <= turn)
         self._turned = turn
         for slot in due:
-            yield from self._slots.pop(slot)
+            yield from self._slots.pop(slot, ())

@@ -9,12 +9,14 @@ after the fork.
     shutdown   no new connections, the application says goodbye, what is under way ends
 
 SIGTERM has one meaning: leave. Whether this worker is replaced, or everything stops, is on the board; then
-there is less time. SIGINT, which a terminal sends to all processes, and SIGHUP are for the parent alone.
+there is less time. SIGINT, which a terminal sends to all processes, is for the parent alone. SIGHUP has this
+worker look at the board, whether the parent shows other settings there; nobody is disconnected for that.
 """
 
 import asyncio
 import gc
 import logging
+import pickle
 import signal
 import socket
 import ssl
@@ -30,6 +32,7 @@ from .acceptor import Acceptor
 from .board import Board, State
 from .config import Config
 from .eventloop import new_event_loop, until_tick
+from .reload import take_over
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ HEARTBEAT_SECONDS = 0.1
 # How long a worker may take to leave when everything stops (`drain_seconds` when it is replaced).
 STOP_SECONDS = 3.0
 _POLL_SECONDS = 0.02
+# What Tornado takes for no limit (httpserver.py).
+_NO_TIMEOUT = 3600.0
 # A connection is some dozens of objects that stay. With Python's own thresholds (700, 10, 10) a collection
 # comes with every tenth of them, and looks at all that have come before as well.
 GC_THRESHOLDS = (20_000, 20, 20)
@@ -45,7 +50,11 @@ _MAX_BODY = 64 * 1024
 
 # Says goodbye to the clients and gives back what the application holds, within the given seconds.
 Close = Callable[[float], Awaitable[None]]
-MakeApplication = Callable[[Config, Board, int], Awaitable[tuple[HTTPServerConnectionDelegate, Close]]]
+# Takes over what a running worker can.
+Configure = Callable[[Config], None]
+MakeApplication = Callable[
+    [Config, Board, int], Awaitable[tuple[HTTPServerConnectionDelegate, Close, Configure]]
+]
 
 
 def serve(
@@ -140,10 +149,12 @@ class Worker:
         self._server: HTTPServer | None = None
         self._acceptor: Acceptor | None = None
         self._close_application: Close | None = None
+        self._configure: Configure | None = None
 
     async def run(self) -> int:
         leave = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leave.set)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.take_over)
         self._beat()
         starting = asyncio.ensure_future(self.start())
         told = asyncio.ensure_future(leave.wait())
@@ -163,7 +174,7 @@ class Worker:
         if server.certfile:
             self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             self._tls.load_cert_chain(server.certfile, server.keyfile)
-        application, self._close_application = await self._make_application(
+        application, self._close_application, self._configure = await self._make_application(
             self.config, self.board, self.index
         )
         patience = self.config.limits.handshake_timeout or None
@@ -174,6 +185,8 @@ class Worker:
             max_body_size=_MAX_BODY,
             body_timeout=patience,
         )
+        # What was told between the fork and here.
+        self.take_over()
         self._acceptor = Acceptor(self._sockets, self.board, self._serve_connection)
         # What is here now stays; later collections need not look at it.
         gc.collect()
@@ -182,6 +195,20 @@ class Worker:
         self.board.state = State.SERVING
         self._acceptor.resume()
         logger.info("worker %d serves", self.index, extra={"event": "worker_serving"})
+
+    def take_over(self) -> None:
+        """Take over the settings that the parent shows, if they are new. The parent has checked them."""
+        if self._configure is None or self._server is None:
+            return
+        data = self.board.new_settings()
+        if data is None:
+            return
+        self.config = take_over(self.config, pickle.loads(data))
+        patience = self.config.limits.handshake_timeout
+        self._server.conn_params.header_timeout = patience or _NO_TIMEOUT
+        self._server.conn_params.body_timeout = patience or None
+        self._configure(self.config)
+        logger.info("worker %d has taken over new settings", self.index, extra={"event": "settings_taken"})
 
     async def drain(self) -> None:
         """Leave: let a load balancer notice, take no new connections, let those there are come to an end."""

@@ -52,8 +52,8 @@ class MemorySessions:
         self._sessions: dict[str, _Session] = {}
 
     async def resume(self, name: str, principal: str, owner: str, ttl: float) -> StoredSession | None:
-        session = self._sessions.get(name)
-        if session is None or session.principal != principal or session.expires_at <= self._clock():
+        session = self._find(name)
+        if session is None or session.principal != principal:
             return None
         session.generation += 1
         self._tell(session.owner, b"%s %d" % (name.encode(), session.generation))
@@ -62,7 +62,7 @@ class MemorySessions:
         return StoredSession(session.client_id, session.generation, dict(session.channels))
 
     async def save(self, name: str, change: SessionChange, ttl: float) -> SavedAs:
-        session = self._sessions.get(name)
+        session = self._find(name)
         if session is not None and session.generation > change.generation:
             return "taken"
         if change.whole:
@@ -78,6 +78,10 @@ class MemorySessions:
                 session.channels.pop(channel, None)
         session.expires_at = self._clock() + ttl
         return "saved"
+
+    def _find(self, name: str) -> _Session | None:
+        session = self._sessions.get(name)
+        return session if session is not None and session.expires_at > self._clock() else None
 
     def forget(self, now: float) -> None:
         """Give up what has expired."""

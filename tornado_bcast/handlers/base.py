@@ -7,38 +7,46 @@ import ipaddress
 import logging
 import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
+from ipaddress import IPv4Address, IPv6Address
 from types import TracebackType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from tornado.httputil import HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler
 
+from ..addresses import Network
+from ..auth import Authenticator
 from ..board import Board
 from ..config import Config
 from ..errors import HTTP_STATUS, CloseCode, ErrorCode, Refusal
 from ..heartbeat import Peer
 from ..hub import Hub
 from ..keeper import Keeper
+from ..keys import ApiKey
 from ..logs import RefusalLog
 from ..metrics import Metrics, Row
 from ..node import Node
 from ..protocol import dump
 from ..rules import ChannelRules, Origins, take_tokens
 from ..sink import Sink
+from ..wheel import Wheel
 
 logger = logging.getLogger(__name__)
 
-_FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
+_FORWARDED = frozenset(("Forwarded", "X-Real-Ip", "Via"))
 _CODES: dict[int, ErrorCode] = {status: code for code, status in reversed(HTTP_STATUS.items())}
 
 
 class Context(Protocol):
-    """The worker, as its handlers see it. `config`, `rules` and `origins` are replaced by a reload."""
+    """The worker, as its handlers see it. A reload replaces `config`, `auth`, `rules` and `origins`."""
 
     config: Config
+    auth: Authenticator
     rules: ChannelRules
     origins: Origins
+    # Connections by the end of their tokens, in Unix seconds.
+    expiries: Wheel["Connection"]
     node: Node
     hub: Hub
     board: Board
@@ -82,6 +90,12 @@ class Connection(Peer, Protocol):
     def end_for_now(self, code: CloseCode, retry_after: int, *, flush: bool = True) -> None:
         """Close it with a reason that says in how many milliseconds, at most, to come back."""
 
+    def expire(self) -> None:
+        """Close it, for its token has ended."""
+
+    def check_subscriptions(self) -> None:
+        """End the subscriptions that the rules or the token do not allow any more."""
+
 
 @runtime_checkable
 class CountedByPeer(Protocol):
@@ -121,6 +135,39 @@ def host_name(request: HTTPServerRequest) -> str:
     return host.rpartition(":")[0] if ":" in host else host
 
 
+def _address(text: str) -> IPv4Address | IPv6Address | None:
+    """An address, also with a port or in the form in which IPv6 sockets show IPv4; None where it is none."""
+    text = text.strip()
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _is_in(text: str, networks: Iterable[Network]) -> bool:
+    address = _address(text)
+    return address is not None and any(address in network for network in networks)
+
+
+def _client_of(hops: str, proxies: Iterable[Network]) -> str:
+    """The last hop that is no trusted proxy; where all are, the first. "" where there is none to believe."""
+    client = ""
+    for hop in reversed(hops.split(",")):
+        address = _address(hop)
+        if address is None:
+            # Whatever stands before it was not written by a proxy that is trusted.
+            break
+        client = str(address)
+        if not _is_in(client, proxies):
+            break
+    return client
+
+
 class BaseHandler(RequestHandler):
     """A handler that answers in JSON. Subclasses set `kind` for the log of refusals."""
 
@@ -138,18 +185,19 @@ class BaseHandler(RequestHandler):
         """The peer's address; behind `[server] trusted_proxies` the last one that no such proxy has."""
         peer: str = self.request.remote_ip or ""
         proxies = self.context.config.server.trusted_proxies
-        if not proxies:
+        if not proxies or not _is_in(peer, proxies):
             return peer
-        hops = [hop.strip() for hop in self.request.headers.get("X-Forwarded-For", "").split(",")]
-        for hop in (peer, *reversed(hops)):
-            try:
-                address = ipaddress.ip_address(hop)
-            except ValueError:
-                return peer
-            peer = hop
-            if not any(address in network for network in proxies):
-                break
-        return peer
+        headers = self.request.headers
+        forwarded = _client_of(headers.get("X-Forwarded-For", ""), proxies)
+        real = _client_of(headers.get("X-Real-IP", ""), proxies)
+        # One of the two is enough. Where they differ, the proxy has set one and let the client's other one
+        # through; nobody here can know which.
+        return (forwarded or real or peer) if not (forwarded and real) or forwarded == real else peer
+
+    def bearer(self) -> str | None:
+        """What `Authorization: Bearer` carries (RFC 6750, section 2.1)."""
+        scheme, _, value = self.request.headers.get("Authorization", "").strip().partition(" ")
+        return value.strip() if scheme.lower() == "bearer" else None
 
     def prepare(self) -> None:
         """Origins: a foreign page may neither connect nor publish; CORS headers for those that may."""
@@ -181,17 +229,33 @@ class BaseHandler(RequestHandler):
         self.set_header("Access-Control-Max-Age", "600")
         self.set_status(204)
 
-    def authorize(self) -> None:
-        """Raise Refusal unless the request may use the operator's entrances (docs/PROTOCOL.md, "Who may")."""
-        server = self.context.config.server
-        if server.env == "development" and self._is_local():
-            return
-        raise Refusal(
-            "unauthorized",
-            "An API key is needed: set [auth] api_keys and send it as `Authorization: Bearer KEY`."
-            " Without a key only requests that are plainly local are taken, and only in development.",
-            setting="[auth] api_keys",
-        )
+    def authorize(self) -> ApiKey | None:
+        """The API key of the request; None: it needs none (docs/PROTOCOL.md, "Who may"). Else Refusal."""
+        context = self.context
+        if not context.auth.has_api_keys:
+            if context.config.server.env == "development" and self._is_local():
+                return None
+            raise Refusal(
+                "unauthorized",
+                "An API key is needed: set [auth] api_keys and send it as `Authorization: Bearer KEY`."
+                " Without a key only requests that are plainly local are taken, and only in development.",
+                setting="[auth] api_keys",
+            )
+        given = self.request.headers.get("X-API-Key") or self.bearer()
+        if not given:
+            raise Refusal(
+                "unauthorized",
+                "An API key is needed: send one of [auth] api_keys as `Authorization: Bearer KEY`.",
+                setting="[auth] api_keys",
+            )
+        key = context.auth.find_api_key(given)
+        if key is None:
+            raise Refusal(
+                "unauthorized",
+                "The API key is none of [auth] api_keys: their lines have its sha256 hash.",
+                setting="[auth] api_keys",
+            )
+        return key
 
     def _is_local(self) -> bool:
         headers = self.request.headers
@@ -199,27 +263,31 @@ class BaseHandler(RequestHandler):
         return (
             is_loopback(self.request.remote_ip or "")
             and is_loopback(host_name(self.request))
-            and not any(name in headers for name in _FORWARDED)
+            and not any(name in _FORWARDED or name.startswith("X-Forwarded-") for name in headers)
             and (origin is None or self.context.origins.named(origin))
         )
 
-    def check_http_rate(self, count: int) -> None:
-        """Take tokens of the bucket that all workers share for this peer; Refusal when there are none."""
+    def check_http_rate(self, count: int, key: ApiKey | None) -> None:
+        """Take tokens of the buckets that all workers share: the peer's and the key's. Else Refusal."""
         limits = self.context.config.limits
-        if not limits.http_rate:
-            return
+        if limits.http_rate:
+            self._take(
+                self.remote_ip, limits.http_rate, limits.http_burst, count, "peer", "[limits] http_rate"
+            )
+        if key is not None and key.rate:
+            self._take(f"key {key.digest.hex()}", key.rate, 0, count, "key", "[auth] api_keys")
+
+    def _take(self, owner: str, rate: float, burst: int, count: int, what: str, setting: str) -> None:
         board = self.context.board
-        bucket = board.bucket(self.remote_ip)
-        full_at, wait = take_tokens(
-            board.get(bucket), time.monotonic(), limits.http_rate, limits.http_burst, count
-        )
+        bucket = board.bucket(owner)
+        full_at, wait = take_tokens(board.get(bucket), time.monotonic(), rate, burst, count)
         board.set(bucket, full_at)
         if wait:
             raise Refusal(
                 "rate_limited",
-                f"A peer may publish {limits.http_rate:g} messages a second over HTTP; wait for Retry-After.",
+                f"This {what} may publish {rate:g} messages a second over HTTP; wait for Retry-After.",
                 retry_after=int(wait * 1000) + 1,
-                setting="[limits] http_rate",
+                setting=setting,
             )
 
     def refuse(

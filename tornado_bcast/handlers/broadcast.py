@@ -9,6 +9,7 @@ from tornado.web import stream_request_body
 from ..brokers import Receipt
 from ..errors import HTTP_STATUS, Refusal, Unavailable
 from ..protocol import Broadcast, check_message_id, decode_item, encode_message, load_object
+from ..rules import may_publish
 from .base import BaseHandler, new_id, now_ms
 
 MAX_ITEMS = 1000
@@ -38,7 +39,9 @@ class BroadcastHandler(BaseHandler):
         self._limit = _BODY_MESSAGES * self.context.config.limits.max_message_bytes
         try:
             # Before the body: who may not publish need not send it.
-            self.authorize()
+            self._key = self.authorize()
+            if self._key is not None and self._key.publish == ():
+                raise Refusal("forbidden", "This API key may not publish.", setting="[auth] api_keys")
         except Refusal as refusal:
             self._refuse_early(refusal)
             return
@@ -75,7 +78,7 @@ class BroadcastHandler(BaseHandler):
             if self._size > self._limit:
                 raise self._too_large()
             items = self._items()
-            self.check_http_rate(len(items))
+            self.check_http_rate(len(items), self._key)
         except Refusal as refusal:
             self.refuse(refusal, kind="limit" if refusal.code in ("rate_limited", "too_large") else "rule")
             return
@@ -149,6 +152,14 @@ class BroadcastHandler(BaseHandler):
         message_id = item.message_id or new_id()
         try:
             rule = context.rules.check_publish(item.channel, "http")
+            if not self._may_publish(item.channel):
+                raise Refusal(
+                    "forbidden",
+                    "This API key may not publish to everybody."
+                    if item.channel is None
+                    else "This API key may not publish to this channel.",
+                    setting="[auth] api_keys",
+                )
             payload = encode_message(item.channel, item.data, message_id, timestamp)
             limit = context.config.limits.max_message_bytes
             if len(payload) > limit + _ENVELOPE:
@@ -162,6 +173,10 @@ class BroadcastHandler(BaseHandler):
             message_id,
             context.node.publish(item.channel, rule, message_id, payload, timestamp, given=given),
         )
+
+    def _may_publish(self, channel: str | None) -> bool:
+        globs = self._key.publish if self._key is not None else None
+        return globs is None or may_publish(globs, channel)
 
     async def _result(
         self, item: Broadcast, message_id: str, future: "asyncio.Future[Receipt]"

@@ -13,9 +13,10 @@ from functools import partial
 
 from tornado.iostream import IOStream, SSLIOStream
 
+from ..auth import LEEWAY
 from ..brokers import Receipt
 from ..config import ChannelRule
-from ..errors import CloseCode, Refusal, Unavailable
+from ..errors import BadToken, CloseCode, Refusal, Unavailable
 from ..frames import PING, frame
 from ..protocol import (
     Ack,
@@ -55,6 +56,7 @@ class Connection:
         "_subscriptions",
         "_wire",
         "closed",
+        "expiry",
         "next_ping",
         "pinged",
         "seen",
@@ -77,11 +79,21 @@ class Connection:
         self.seen = time.monotonic()
         self.pinged = self.next_ping = 0.0
         self.slot = 0
+        # Its place among those whose token ends.
+        self.expiry = 0
 
-    def start(self, head: bytes, session_id: str | None) -> None:
-        """Begin, with the session of this secret id where there is one, by the head of the 101."""
+    def start(self, head: bytes, session_id: str | None, token: str | None) -> None:
+        """Begin by the head of the 101, as whom the token says, with the session of this id, if any."""
         # With the answer to `connect`, if that is made at once.
         self._answer_soon(head)
+        if token is not None:
+            try:
+                self.session.admit(self._context.auth.check_token(token))
+            except BadToken as error:
+                self._log_bad_token(str(error))
+                self.end(CloseCode.BAD_TOKEN, str(error))
+                self._wire.start()
+                return
         if session_id is None:
             self._begin([], [], resumed=False)
         else:
@@ -90,7 +102,7 @@ class Connection:
     async def _resume(self, session_id: str) -> None:
         context = self._context
         try:
-            session = await context.keeper.resume(session_id, "")
+            session = await context.keeper.resume(session_id, self.session.who)
             if session is not None:
                 self.session = session
             restored, refused = await self._subscriptions.restore(self.session)
@@ -109,6 +121,7 @@ class Connection:
         context.board.own_sockets += 1
         self._begun = True
         context.connect(self)
+        self._watch_expiry()
         self.answer(
             encode_ack(
                 "connect",
@@ -116,6 +129,7 @@ class Connection:
                 clientId=self.session.client_id,
                 session=self.session.id,
                 resumed=resumed,
+                expiresAt=self._expires_at(),
                 heartbeat=round(context.config.heartbeat.interval * 1000),
                 subscriptions=[self._subscriptions.entry(one) for one in restored],
                 limits={
@@ -144,6 +158,7 @@ class Connection:
         context = self._context
         context.hub.disconnect(self.sink)
         context.disconnect(self)
+        context.expiries.discard(self, self.expiry)
         self._subscriptions.close()
         context.keeper.remove(self.session)
         context.metrics.connections -= 1
@@ -161,6 +176,58 @@ class Connection:
         """The same with a reason that says when to come back, within so many ms: another time for each."""
         self.end(
             code, dump({"retryAfter": round(retry_after * random.uniform(0.1, 1.0))}).decode(), flush=flush
+        )
+
+    # Tokens
+
+    def _watch_expiry(self) -> None:
+        """Have `expire` called when the token ends."""
+        expiries, end = self._context.expiries, self.session.who.expires_at
+        expiries.discard(self, self.expiry)
+        if end is not None:
+            # The leeway lets a token in that has just ended; it does not lengthen the others.
+            self.expiry = expiries.add(self, end if end > time.time() else end + LEEWAY)
+
+    def _expires_at(self) -> int | None:
+        end = self.session.who.expires_at
+        return None if end is None else end * 1000
+
+    def expire(self) -> None:
+        """The token has ended."""
+        self.end(CloseCode.TOKEN_EXPIRED, "token expired")
+
+    def check_subscriptions(self) -> None:
+        """End those that the rules or the token do not allow any more."""
+        self._subscriptions.check()
+
+    def _renew(self, command: Auth) -> None:
+        try:
+            who = self._context.auth.check_token(command.token)
+        except BadToken as error:
+            raise Refusal("unauthorized", str(error), setting="[auth]") from None
+        self.session.admit(who)
+        self._watch_expiry()
+        if self.session.is_stored:
+            self._renewed(command)
+        else:
+            self._context.spawn(self._save_and_answer(command))
+
+    async def _save_and_answer(self, command: Auth) -> None:
+        """Whose session it is has changed: that is stored before it is acked."""
+        try:
+            await self._context.keeper.save(self.session, self.end)
+        except Unavailable as error:
+            self.refuse_command(make_refusal(error, message_id=command.message_id, channel=None))
+        else:
+            self._renewed(command)
+
+    def _renewed(self, command: Auth) -> None:
+        self.answer(encode_ack("auth", now_ms(), messageId=command.message_id, expiresAt=self._expires_at()))
+        self.check_subscriptions()
+
+    def _log_bad_token(self, reason: str) -> None:
+        self._context.refusals.add(
+            self.seen, "rule", reason, client_id=self.session.client_id, setting="[auth]"
         )
 
     # What the wire tells
@@ -238,14 +305,20 @@ class Connection:
                 self._subscriptions.receive(command)
             case Ack():
                 self._subscriptions.acknowledge(command)
-            case Pong() | Auth():
+            case Auth():
+                self._renew(command)
+            case Pong():
                 pass
 
     def _broadcast(self, command: Broadcast, rule: ChannelRule) -> None:
         context = self._context
         timestamp = now_ms()
         message_id = command.message_id or new_id()
-        sender = {"clientId": self.session.client_id} if rule.sender else None
+        sender = None
+        if rule.sender:
+            sender = {"clientId": self.session.client_id}
+            if self.session.who.sub:
+                sender["sub"] = self.session.who.sub
         payload = encode_message(command.channel, command.data, message_id, timestamp, sender)
         future = context.node.publish(
             command.channel, rule, message_id, payload, timestamp, given=command.message_id is not None

@@ -61,7 +61,13 @@ class OperatorHandler(BaseHandler):
         if self._finished or self.request.method == "OPTIONS":
             return
         try:
-            self.authorize()
+            key = self.authorize()
+            if key is not None and not key.read:
+                raise Refusal(
+                    "forbidden",
+                    "This API key may not read; its line lacks `read=yes`.",
+                    setting="[auth] api_keys",
+                )
         except Refusal as refusal:
             self.refuse(refusal)
 

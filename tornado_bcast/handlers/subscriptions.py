@@ -9,6 +9,7 @@ import asyncio
 import logging
 from typing import NamedTuple, Protocol
 
+from ..config import ChannelRule
 from ..delivery import Delivery
 from ..errors import CloseCode, Refusal, Unavailable
 from ..protocol import Ack, Subscribe, Unsubscribe, encode_ack, encode_error
@@ -88,7 +89,7 @@ class Subscriptions:
 
     async def _restore_one(self, channel: str, value: str) -> Restored:
         node = self._context.node
-        topic = await node.join(channel, self._context.rules.check_subscribe(channel))
+        topic = await node.join(channel, self._check(channel))
         if not topic.rule.persistent:
             return Restored(topic, Subscription(topic.rule, None), False)
         position = decode_subscription(value)
@@ -154,6 +155,28 @@ class Subscriptions:
             if subscription.held is not None:
                 self._context.node.dispatch.advance(subscription.held)
 
+    def check(self) -> None:
+        """End those that the rules or the token do not allow any more."""
+        for channel in list(self._owner.session.subscriptions):
+            # Where a command is under way, its end comes here again.
+            if channel not in self._waiting:
+                self._end_forbidden(channel)
+
+    def _check(self, channel: str) -> ChannelRule:
+        return self._context.rules.check_subscribe(channel, self._owner.session.who)
+
+    def _end_forbidden(self, channel: str) -> None:
+        session = self._owner.session
+        if channel not in session.subscriptions:
+            return
+        try:
+            self._check(channel)
+        except Refusal as refusal:
+            self._let_go(session.subscriptions.pop(channel))
+            self._note_position(channel)
+            refusal.code = "forbidden"
+            self._owner.refuse_command(refusal)
+
     async def _act_in_turn(self, command: Subscribe | Unsubscribe) -> None:
         """Do what has to wait for the broker; then what came for the same channel meanwhile."""
         channel = command.channel
@@ -170,19 +193,20 @@ class Subscriptions:
                     make_refusal(error, message_id=command.message_id, channel=channel)
                 )
         self._starting.discard(channel)
+        self._end_forbidden(channel)
         for waiting in self._waiting.pop(channel):
             # The first of them makes the rest wait again.
             self.receive(waiting)
 
     async def _subscribe(self, command: Subscribe) -> None:
         node, channel = self._context.node, command.channel
+        # Again, for it may have waited, and the token may be another one.
+        rule = self._check(channel)
         old = self._owner.session.subscriptions.get(channel)
         if old is not None and not old.rule.persistent:
             self._answer_subscribe(command, old.held.topic, None, False)
             return
-        topic = (
-            old.held.topic if old else await node.join(channel, self._context.rules.check_subscribe(channel))
-        )
+        topic = old.held.topic if old else await node.join(channel, rule)
         try:
             start, recovered = await node.locate(topic, command.since, command.last)
             subscription = self._place(command, topic, old, start, recovered)
@@ -278,7 +302,7 @@ class Subscriptions:
             self._context.node.leave(held.topic)
 
     def _note_position(self, channel: str) -> None:
-        """An acked position has moved: it is saved within a few seconds."""
+        """An acked position has moved, or a subscription ended: it is saved within a few seconds."""
         self._owner.session.changed.add(channel)
         self._context.keeper.touch(self._owner.session)
 

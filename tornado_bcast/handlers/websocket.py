@@ -20,8 +20,9 @@ _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self' ws: wss:;"
     " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# A subprotocol that begins so asks to resume the session whose id follows.
+# A subprotocol that begins so asks to resume the session whose id follows, or has the token.
 _SESSION_PREFIX = "session."
+_TOKEN_PREFIX = "bearer."
 
 
 class SocketHandler(BaseHandler, WebSocketHandler):
@@ -69,9 +70,17 @@ class SocketHandler(BaseHandler, WebSocketHandler):
 
     def _count_as_client(self) -> None:
         """Behind a trusted proxy the connection counts for the one that it was made for."""
+        self._count_as(self.remote_ip)
+
+    def _count_as(self, address: str) -> None:
         stream = getattr(self.request.connection, "stream", None)
         if self.context.config.server.trusted_proxies and isinstance(stream, CountedByPeer):
-            stream.count_as(self.remote_ip)
+            stream.count_as(address)
+
+    def on_finish(self) -> None:
+        # Without an upgrade the proxy may send another client's request next.
+        if self.get_status() != 101:
+            self._count_as(self.request.remote_ip or "")
 
     def check_origin(self, origin: str) -> bool:
         # `prepare` has refused foreign ones.
@@ -105,7 +114,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         """The handshake is done: from here on the stream belongs to a Connection."""
         assert self.ws_connection is not None and self.ws_connection.stream is not None
         connection = Connection(self.context, self.ws_connection.stream)
-        connection.start(self._head, self._offered_session())
+        connection.start(self._head, self._offered_session(), self._offered_token())
         # What Tornado leaves to the end of the connection: this handler's end is here.
         self.ws_connection = None
         self._on_close_called = True
@@ -113,8 +122,20 @@ class SocketHandler(BaseHandler, WebSocketHandler):
 
     def _offered_session(self) -> str | None:
         """The secret id of the session to resume, by subprotocol or query."""
+        session = self._offered(_SESSION_PREFIX)
+        return self.get_query_argument("session", None) if session is None else session
+
+    def _offered(self, prefix: str) -> str | None:
+        """What stands after this prefix in a subprotocol."""
         offered = self.request.headers.get("Sec-WebSocket-Protocol", "")
         for name in offered.split(","):
-            if name.strip().startswith(_SESSION_PREFIX):
-                return name.strip().removeprefix(_SESSION_PREFIX)
-        return self.get_query_argument("session", None)
+            if name.strip().startswith(prefix):
+                return name.strip().removeprefix(prefix)
+        return None
+
+    def _offered_token(self) -> str | None:
+        """The first of: subprotocol, header, query."""
+        token = self._offered(_TOKEN_PREFIX)
+        if token is None:
+            token = self.bearer()
+        return self.get_query_argument("token", None) if token is None else token
