@@ -164,7 +164,7 @@ def chart(samples: Samples) -> str:
             continue
         body.append(f'<text class="title" x="8" y="{y}">{_TITLES[sample]}</text>')
         y += 12
-        base = next(iter(found.values()))
+        floor = samples.get((next(iter(names)), sample), [])
         for server, value in found.items():
             size = max(2.0, width * value / max(found.values()))
             kind = "floor" if server.startswith("floor") else "own" if server.startswith("daemon") else "bar"
@@ -173,7 +173,9 @@ def chart(samples: Samples) -> str:
             body.append(
                 f'<rect class="{kind}" x="{left}" y="{y + 4}" width="{size:.0f}" height="18" rx="2"/>'
             )
-            more = "" if server.startswith("floor") else f" ({value / base:.1f} x)"
+            # As in the table: the median of the ratios, round by round.
+            ratios = [a / b for a, b in zip(samples[server, sample], floor, strict=False) if b]
+            more = f" ({median(ratios):.1f} x)" if ratios and not server.startswith("floor") else ""
             body.append(
                 f'<text class="value" x="{left + size + 8:.0f}" y="{middle}">{value:.2f}{more}</text>'
             )
