@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, cast
 
 import pytest
@@ -398,14 +399,17 @@ async def test_a_stream_that_cannot_be_read_is_asked_again() -> None:
 @asynchronous
 async def test_the_last_message_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing newer shows the hole: the heads are compared from time to time, and after a gap at once."""
-    async with world() as here:
-        ears, _ = await here.subscribe("p", KEPT)
-        here.bus.loses = lambda message: True
-        here.publish("p", 1, 2, persistent=True)
-        await asyncio.sleep(0.05)
-        assert ears.seqs == []
-        here.node.on_gap(["p", "unknown"])
-        await until(lambda: ears.seqs == [1, 2])
+    with monkeypatch.context() as patch:
+        # It is the gap that is looked at first, so the other way to the same end is shut.
+        patch.setattr(Node, "_next_head_checks", lambda node: repeat([]))
+        async with world() as here:
+            ears, _ = await here.subscribe("p", KEPT)
+            here.bus.loses = lambda message: True
+            here.publish("p", 1, 2, persistent=True)
+            await asyncio.sleep(0.05)
+            assert ears.seqs == []
+            here.node.on_gap(["p", "unknown"])
+            await until(lambda: ears.seqs == [1, 2])
     monkeypatch.setattr("tornado_bcast.node.HEAD_CHECK", 1.0)
     async with world() as here:
         ears, _ = await here.subscribe("p", KEPT)
