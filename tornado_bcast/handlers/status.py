@@ -40,13 +40,21 @@ class HealthHandler(BaseHandler):
             "uptimeSeconds": round(time.monotonic() - context.started, 1),
             **body,
         }
-        if health.problem is not None:
+        if health.problem is not None and self._is_operator():
+            # It may name hosts.
             body["problem"] = health.problem
         if status == "draining" or not up:
             self.set_status(503)
         elif status == "degraded" and kind is None:
             self.set_status(503)
         self.finish_json(body)
+
+    def _is_operator(self) -> bool:
+        try:
+            self.authorize()
+        except Refusal:
+            return False
+        return True
 
     async def head(self, kind: str | None = None) -> None:
         """The same for monitors that want the status alone."""
