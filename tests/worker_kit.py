@@ -47,9 +47,9 @@ Event = dict[str, Any]
 SESSION_TTL = 600.0
 
 
-def make_rule(**fields: Any) -> ChannelRule:
-    """The default rule, persistent, with other values."""
-    return replace(default_config().channels.default, persistent=True, **fields)
+def make_rule(*, persistent: bool = True, **fields: Any) -> ChannelRule:
+    """The default rule, persistent unless said otherwise, with other values."""
+    return replace(default_config().channels.default, persistent=persistent, **fields)
 
 
 class Clockwork(asyncio.SelectorEventLoop):
@@ -85,10 +85,10 @@ class Clockwork(asyncio.SelectorEventLoop):
         if self.faults:
             raise self.faults.pop()
 
-    def turn_on(self, seconds: float) -> None:
+    def turn_on(self, seconds: float, step: float = TICK) -> None:
         end = self.now + seconds
         while self.now < end:
-            self.now = min(self.now + TICK, end)
+            self.now = min(self.now + step, end)
             self.settle()
 
 
@@ -374,7 +374,11 @@ class Worker:
 
     def kill(self) -> None:
         """End it as kill -9 would: nothing more is saved, nobody says goodbye."""
+        if self.killed:
+            return
         self.killed = True
+        for peer in self.peers:
+            peer.closed = True
 
         async def close() -> None:
             for task in list(self._tasks):
