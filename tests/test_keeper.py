@@ -305,6 +305,12 @@ class Sessions(RuleBasedStateMachine):
         self.sessions.flush()
         for client in self.clients:
             client.gone_at = self.loop.now
+        # An older connection that has not noticed yet may be the first to write its session again: of those
+        # nothing is said here.
+        torn = {peer.session.id for peer, _ in self.taken if not peer.closed}
+        self.clients = [client for client in self.clients if client.known.session.id not in torn]
+        if not self.clients:
+            self.connect(0, True)
 
     # What holds
 
