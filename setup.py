@@ -1,5 +1,14 @@
-"""All metadata stands in pyproject.toml; this file is for tools that still look for it."""
+"""The one thing that pyproject.toml cannot say: an extension in C that may be missing.
 
-from setuptools import setup
+Everything works without it (direct.py has the same loop in Python), so a machine without a compiler installs
+the package all the same.
+"""
 
-setup()
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension("tornado_bcast._direct", ["tornado_bcast/_direct.c"], optional=True, py_limited_api=True)
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -10,8 +10,8 @@ from tornado_bcast.sink import Sink, SlowConsumer
 class Recorder:
     """A sink that takes everything, or nothing."""
 
-    # So that it is asked, and its socket is not.
-    clear = False
+    # One that is never clear: it is asked, and no socket is.
+    slot = -1
 
     def __init__(self, takes: bool = True) -> None:
         self.takes = takes

@@ -1,6 +1,7 @@
 """One connection's way out: order, bounds and policies, on a stream that only records and on real sockets."""
 
 import asyncio
+import errno
 import socket
 from collections.abc import Callable
 from typing import Any, cast
@@ -9,10 +10,11 @@ import pytest
 from broker_kit import asynchronous, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tornado.iostream import IOStream, StreamClosedError
+from tornado.iostream import StreamClosedError
 
+from tornado_bcast.direct import DESCRIPTORS
 from tornado_bcast.frames import frame
-from tornado_bcast.sink import Sink, SlowConsumer
+from tornado_bcast.sink import DirectStream, Sink, SlowConsumer
 
 
 class Owner:
@@ -45,7 +47,7 @@ class FakeFuture:
 
 
 class FakeStream:
-    """An IOStream over a kernel that takes `room` bytes. Futures are done in the next `turn`, as there."""
+    """A stream over a kernel that takes `room` bytes. Futures are done in the next `turn`, as there."""
 
     def __init__(self, room: int = 0) -> None:
         self.room = room
@@ -56,12 +58,15 @@ class FakeStream:
         self.is_closed = False
         self.socket = self
 
+    def fileno(self) -> int:
+        return 1 << 20
+
     def send(self, data: bytes | memoryview) -> int:
         assert not self.buffer, "bytes would overtake others"
         if self.broken:
             raise self.broken
         if not self.room:
-            raise BlockingIOError
+            raise BlockingIOError(errno.EAGAIN, "")
         return self._take(bytes(data))
 
     def _take(self, data: bytes) -> int:
@@ -117,7 +122,7 @@ class Way:
     def __init__(self, room: int = 0, limit: int = 100, *, direct: bool = True) -> None:
         self.stream = FakeStream(room)
         self.owner = Owner()
-        self.sink = Sink(cast(IOStream, self.stream), self.owner, limit, direct=direct)
+        self.sink = Sink(cast(DirectStream, self.stream), self.owner, limit, direct=direct)
 
     def send(self, channel: str, text: str, policy: SlowConsumer = "disconnect") -> bool:
         """Send frames: one for each word."""
@@ -473,13 +478,13 @@ def test_whatever_happens(script: list[tuple[Any, ...]], room: int, direct: bool
 
 
 class Pair:
-    """An IOStream with a small send buffer, and the other end as a plain socket."""
+    """A stream with a small send buffer, and the other end as a plain socket."""
 
     def __init__(self, limit: int = 1 << 20, *, direct: bool = True) -> None:
         ours, self.peer = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         self.peer.setblocking(False)
-        self.stream = IOStream(ours)
+        self.stream = DirectStream(ours)
         self.owner = Owner()
         self.sink = Sink(self.stream, self.owner, limit, direct=direct)
 
@@ -609,6 +614,38 @@ async def test_a_peer_that_has_closed_before() -> None:
             pair.sink.answer(frame(b"x"))
         await asyncio.sleep(0)
         assert pair.owner.slow == 0
+
+
+# Descriptors
+
+
+@asynchronous
+async def test_a_descriptor_is_out_of_the_row_before_it_is_closed() -> None:
+    with Pair() as pair:
+        number = pair.stream.socket.fileno()
+        assert DESCRIPTORS[pair.sink.slot] == number
+        pair.stream.close()
+        assert DESCRIPTORS[pair.sink.slot] == -1
+        with Pair() as later:
+            # The kernel gives out the lowest number that is free.
+            assert later.stream.socket.fileno() == number
+            assert later.sink.slot != pair.sink.slot
+            pair.send("a", "not for the later one")
+            later.send("a", "x")
+            assert decode(await later.read(ends("x"))) == ["x"]
+
+
+@asynchronous
+async def test_a_slot_is_given_out_again_when_nobody_holds_its_sink() -> None:
+    with Pair() as pair:
+        slot, holder = pair.sink.slot, (pair.sink,)
+        del pair.sink, pair.stream.sink
+        with Pair() as other:
+            assert other.sink.slot != slot
+        assert holder[0].slot == slot
+        del holder
+        with Pair() as other:
+            assert other.sink.slot == slot
 
 
 class TestGathering:

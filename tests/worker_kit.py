@@ -7,14 +7,16 @@ the first message that is lost, out of order or wrongly sent again.
 """
 
 import asyncio
+import errno
 import json
 import logging
+from array import array
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, cast
-
-from tornado.iostream import IOStream
+from weakref import WeakValueDictionary
 
 from tornado_bcast.brokers import (
     BrokerHealth,
@@ -40,7 +42,7 @@ from tornado_bcast.node import Node
 from tornado_bcast.protocol import Ack, Subscribe, Unsubscribe, encode_error
 from tornado_bcast.rules import NOBODY, ChannelRules, Principal
 from tornado_bcast.session import Session
-from tornado_bcast.sink import Sink, SlowConsumer
+from tornado_bcast.sink import DirectStream, Sink, SlowConsumer
 from tornado_bcast.topic import Topic
 
 Event = dict[str, Any]
@@ -342,7 +344,7 @@ class Worker:
         self.rules = ChannelRules(channels)
         self.broker = StoreBroker(store)
         self.metrics = Metrics()
-        self.hub = Hub()
+        self.hub = Hub(_send_each)
         self.node = Node(self.broker, self.hub, self.metrics, everybody=channels.default, join_timeout=5.0)
         self.keeper = Keeper(self.broker.sessions, session_ttl)
         self.peers: list[Peer] = []
@@ -396,21 +398,31 @@ class Worker:
         return self.node._topics[channel]
 
 
+# By descriptors that no process has.
+_pipes: "WeakValueDictionary[int, Pipe]" = WeakValueDictionary()
+_numbers = count(1 << 24)
+
+
 class Pipe:
     """An IOStream over a kernel that takes `room` bytes, and a peer that reads at once what it has taken."""
 
     def __init__(self, received: Callable[[bytes], None]) -> None:
+        self._number = next(_numbers)
+        _pipes[self._number] = self
         self.room = 1 << 40
         self.socket = self
         self._received = received
         self._buffer = bytearray()
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
 
+    def fileno(self) -> int:
+        return self._number
+
     def send(self, data: bytes | memoryview) -> int:
         assert not self._buffer, "bytes would overtake others"
         taken = min(len(data), self.room)
         if not taken:
-            raise BlockingIOError
+            raise BlockingIOError(errno.EAGAIN, "")
         self.room -= taken
         self._received(bytes(data[:taken]))
         return taken
@@ -449,6 +461,22 @@ class Pipe:
             future.set_result(None)
 
 
+def _send_each(descriptors: "array[int]", slots: "array[int]", data: bytes) -> list[tuple[int, int | None]]:
+    """The hub's, into pipes."""
+    rest: list[tuple[int, int | None]] = []
+    for index, slot in enumerate(slots):
+        if descriptors[slot] < 0:
+            rest.append((index, None))
+            continue
+        try:
+            sent = _pipes[descriptors[slot]].send(data)
+        except BlockingIOError:
+            sent = -errno.EAGAIN
+        if sent != len(data):
+            rest.append((index, sent))
+    return rest
+
+
 class Peer:
     """A connection and the client at its other end, which has a `Watcher` for each channel.
 
@@ -461,7 +489,7 @@ class Peer:
         self.worker = worker
         self.store = worker.broker.store
         self.pipe = Pipe(self._receive)
-        self.sink = Sink(cast(IOStream, self.pipe), self, queue, direct=True)
+        self.sink = Sink(cast(DirectStream, self.pipe), self, queue, direct=True)
         self.session = Session()
         self.session.admit(who)
         self.subscriptions = Subscriptions(cast(Any, worker), self)

@@ -4,38 +4,71 @@ A pure data structure. `fan_out` must not encode, wait, or change who listens wh
 fails closes later, from the loop.
 """
 
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Sequence
 
+from .direct import DESCRIPTORS, SendEach, fastest_send_each
 from .sink import Sink, SlowConsumer
+
+
+class _Listeners:
+    """The sinks that hear the same, and their slots in a row."""
+
+    __slots__ = ("_row", "sinks")
+
+    def __init__(self) -> None:
+        # An insertion-ordered set.
+        self.sinks: dict[Sink, None] = {}
+        # Made by the first message after a change. It holds the sinks, so their slots stay theirs.
+        self._row: tuple[tuple[Sink, ...], array[int]] | None = None
+
+    def add(self, sink: Sink) -> None:
+        self.sinks[sink] = self._row = None
+
+    def remove(self, sink: Sink) -> None:
+        if self.sinks.pop(sink, self) is None:
+            self._row = None
+
+    def row(self) -> "tuple[tuple[Sink, ...], array[int]]":
+        """They as they are now, whatever changes while the row is used."""
+        if self._row is None:
+            self._row = tuple(self.sinks), array("i", [sink.slot for sink in self.sinks])
+        return self._row
 
 
 class Hub:
     """Channel to sinks of this process, and the sinks of all connections."""
 
-    __slots__ = ("_channels", "_everybody")
+    __slots__ = ("_channels", "_everybody", "_send_each")
 
-    def __init__(self) -> None:
-        # Insertion-ordered sets, so that no subscriber is always the last.
-        self._channels: dict[str, dict[Sink, None]] = {}
-        self._everybody: dict[Sink, None] = {}
+    def __init__(self, send_each: SendEach = fastest_send_each) -> None:
+        self._send_each = send_each
+        self._channels: dict[str, _Listeners] = {}
+        self._everybody = _Listeners()
 
     def connect(self, sink: Sink) -> None:
-        self._everybody[sink] = None
+        self._everybody.add(sink)
 
     def disconnect(self, sink: Sink) -> None:
-        self._everybody.pop(sink, None)
+        self._everybody.remove(sink)
 
     def add(self, channel: str, sink: Sink) -> None:
-        self._channels.setdefault(channel, {})[sink] = None
+        listeners = self._channels.get(channel)
+        if listeners is None:
+            listeners = self._channels[channel] = _Listeners()
+        listeners.add(sink)
 
     def remove(self, channel: str, sink: Sink) -> None:
-        sinks = self._channels.get(channel)
-        if sinks is not None and sinks.pop(sink, self) is None and not sinks:
-            del self._channels[channel]
+        listeners = self._channels.get(channel)
+        if listeners is not None:
+            listeners.remove(sink)
+            if not listeners.sinks:
+                del self._channels[channel]
 
     def count(self, channel: str) -> int:
         """How many sinks listen to a channel."""
-        return len(self._channels.get(channel, ()))
+        listeners = self._channels.get(channel)
+        return len(listeners.sinks) if listeners else 0
 
     def fan_out(
         self, channel: str | None, data: bytes, frames: Sequence[bytes], policy: SlowConsumer
@@ -44,22 +77,15 @@ class Hub:
 
         Returns how many were sent to, and those that did not take it (policy `wait` alone).
         """
-        sinks: Iterable[Sink] = self._everybody if channel is None else self._channels.get(channel, ())
-        key = channel or ""
-        # A tuple first: closing a connection changes the dict, and that must wait for the end of the loop.
-        listening = tuple(sinks)
+        listeners = self._everybody if channel is None else self._channels.get(channel)
+        if listeners is None:
+            return 0, []
+        sinks, slots = listeners.row()
         refused: list[Sink] = []
-        size = len(data)
-        # What `Sink.send` does while all goes well, without a call for each: here it is a tenth of the whole.
-        for sink in listening:
-            if sink.clear:
-                try:
-                    sent = sink.transmit(data)
-                except OSError as error:
-                    sink.on_error(data, error)
-                else:
-                    if sent != size:
-                        sink.begin(data, sent)
-            elif not sink.send(key, data, frames, policy):
+        for index, sent in self._send_each(DESCRIPTORS, slots, data):
+            sink = sinks[index]
+            if sent is not None:
+                sink.finish(data, sent)
+            elif not sink.send(channel or "", data, frames, policy):
                 refused.append(sink)
-        return len(listening) - len(refused), refused
+        return len(sinks) - len(refused), refused

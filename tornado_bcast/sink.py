@@ -5,11 +5,14 @@ is queued a frame goes straight to the socket, without a future or a copy; what 
 through the stream, in order, and so does everything on a TLS connection.
 """
 
+import errno
 from collections import deque
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from tornado.iostream import IOStream, StreamClosedError
+
+from .direct import DESCRIPTORS, give_back_slot, take_slot
 
 # What happens to a message that does not fit into the queue of a slow connection. `wait`: it is refused, and
 # stays in the stream of its persistent channel.
@@ -17,6 +20,17 @@ SlowConsumer = Literal["disconnect", "drop_oldest", "latest", "wait"]
 
 # Bytes handed to the stream at a time, so that drop_oldest and latest have a say about the rest.
 _CHUNK = 65536
+
+
+class DirectStream(IOStream):
+    """A stream that tells its sink before its descriptor is closed: from then on it may be another's."""
+
+    sink: "Sink | None" = None
+
+    def close_fd(self) -> None:
+        if self.sink is not None:
+            self.sink.shut()
+        super().close_fd()
 
 
 class SinkOwner(Protocol):
@@ -44,10 +58,13 @@ class _Entry:
 
 
 class Sink:
-    """Sends frames to one connection. All methods are plain calls on the loop; none blocks or raises."""
+    """Sends frames to one connection. All methods are plain calls on the loop; none blocks or raises.
+
+    `direct`: frames may go to the descriptor of `stream`, past the stream. For a DirectStream without TLS.
+    """
 
     __slots__ = (
-        "_direct",
+        "_descriptor",
         "_ended",
         "_entries",
         "_gathered",
@@ -56,23 +73,23 @@ class Sink:
         "_owner",
         "_queued",
         "_stream",
-        "clear",
-        "transmit",
+        "slot",
     )
 
     def __init__(self, stream: IOStream, owner: SinkOwner, limit: int, *, direct: bool) -> None:
+        # Its place in DESCRIPTORS. No other sink has it as long as anybody holds this one.
+        self.slot = take_slot()
+        # -1 for TLS: every byte has to pass the stream.
+        self._descriptor: int = stream.socket.fileno() if direct else -1
+        self.clear = True
+        if isinstance(stream, DirectStream):
+            stream.sink = self
         self._stream = stream
         self._owner = owner
         # Bytes; the bound of `queued`.
         self._limit = limit
-        # False for TLS: every byte has to pass the stream.
-        self._direct = direct
-        # The socket's own send, for `clear` sinks alone; see `Hub.fan_out`.
-        self.transmit = stream.socket.send
         # The last frame has been given: nothing may follow it (RFC 6455, section 5.5.1).
         self._ended = False
-        # Nothing is queued or being written: the next frame may go straight to the socket.
-        self.clear = direct
         # Bytes accepted and not yet known to have left, those in the stream's hands included.
         self._queued = 0
         # Both exist only while something is queued: an idle connection pays nothing for them.
@@ -80,6 +97,18 @@ class Sink:
         self._latest: dict[str, _Entry] | None = None
         # Answers of this turn of the loop that leave together; None: none.
         self._gathered: list[bytes] | None = None
+
+    def __del__(self) -> None:
+        give_back_slot(self.slot)
+
+    @property
+    def clear(self) -> bool:
+        """Whether the next frame may go straight to the socket: nothing is queued or being written."""
+        return DESCRIPTORS[self.slot] >= 0
+
+    @clear.setter
+    def clear(self, clear: bool) -> None:
+        DESCRIPTORS[self.slot] = self._descriptor if clear else -1
 
     @property
     def queued(self) -> int:
@@ -93,27 +122,29 @@ class Sink:
         if not self.clear:
             return self._enqueue(channel, data, frames, policy)
         try:
-            sent = self.transmit(data)
+            sent = self._stream.socket.send(data)
         except OSError as error:
-            self.on_error(data, error)
-        else:
-            if sent != len(data):
-                self.begin(data, sent)
+            sent = -(error.errno or errno.EIO)
+        if sent != len(data):
+            self.finish(data, sent)
         return True
 
-    def on_error(self, data: bytes, error: OSError) -> None:
-        """The socket has taken nothing of `data`."""
-        if isinstance(error, BlockingIOError):
-            self.begin(data, 0)
-        else:
-            # The peer is gone; the read side of the stream finds that out and ends the connection.
-            self.clear = False
+    def finish(self, data: bytes, sent: int) -> None:
+        """The socket has taken `sent` bytes of `data`, or nothing (minus errno): see to the rest.
 
-    def begin(self, data: bytes, sent: int) -> None:
-        """The socket has taken so many bytes of `data`: the rest is finished whatever the policy says."""
+        What has begun is finished whatever the policy says.
+        """
         self.clear = False
-        if not self._write(memoryview(data)[sent:]):
+        if sent < 0 and sent not in (-errno.EAGAIN, -errno.EWOULDBLOCK):
+            # The peer is gone; the read side of the stream finds that out and ends the connection.
+            return
+        if not self._write(memoryview(data)[max(sent, 0) :]):
             self._drain()
+
+    def shut(self) -> None:
+        """The descriptor is about to be closed."""
+        self._descriptor = -1
+        self.clear = False
 
     def gather(self, data: bytes) -> bool:
         """Like `answer`, but what comes in one turn of the loop leaves together, in front of all else.
@@ -261,7 +292,7 @@ class Sink:
         if self._queued or self._stream.closed() or self._stream.writing():
             return False
         self._entries = self._latest = None
-        self.clear = self._direct and not self._ended
+        self.clear = not self._ended
         return True
 
     def _write(self, data: memoryview) -> bool:

@@ -25,7 +25,7 @@ from typing import Any
 
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerConnectionDelegate
-from tornado.iostream import IOStream, SSLIOStream
+from tornado.iostream import SSLIOStream
 from tornado.netutil import ssl_wrap_socket
 
 from .acceptor import Acceptor
@@ -33,6 +33,7 @@ from .board import Board, State
 from .config import Config
 from .eventloop import new_event_loop, until_tick
 from .reload import take_over
+from .sink import DirectStream
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class Connections:
                 stream.close()
 
 
-class CountedStream(IOStream):
+class CountedStream(DirectStream):
     """A stream that is counted from now until its socket is closed, by whomever and for whatever reason.
 
     `close_fd` is the one place that every way of closing passes, once. A close callback would not do:

@@ -34,7 +34,7 @@ from ..protocol import (
     encode_ping,
 )
 from ..session import Session
-from ..sink import Sink, SlowConsumer
+from ..sink import DirectStream, Sink, SlowConsumer
 from .base import Context, new_id, now_ms
 from .subscriptions import Restored, Subscriptions, make_refusal
 from .wire import Wire
@@ -68,7 +68,8 @@ class Connection:
     def __init__(self, context: Context, stream: IOStream) -> None:
         limits = context.config.limits
         self._context = context
-        self.sink = Sink(stream, self, limits.max_queue_bytes, direct=not isinstance(stream, SSLIOStream))
+        direct = isinstance(stream, DirectStream) and not isinstance(stream, SSLIOStream)
+        self.sink = Sink(stream, self, limits.max_queue_bytes, direct=direct)
         self._wire = Wire(stream, self, limits.max_message_bytes)
         self._subscriptions = Subscriptions(context, self)
         self.session = Session()
