@@ -36,7 +36,8 @@ from tornado_bcast.config import default_config  # noqa: E402
 from tornado_bcast.frames import FrameParser, frame  # noqa: E402
 from tornado_bcast.hub import Hub  # noqa: E402
 from tornado_bcast.protocol import decode, encode_ack, encode_message  # noqa: E402
-from tornado_bcast.sink import DirectStream, Sink, SinkOwner  # noqa: E402
+from tornado_bcast.sink import Sink, SinkOwner  # noqa: E402
+from tornado_bcast.stream import ClientStream  # noqa: E402
 from tornado_bcast.worker import Worker  # noqa: E402
 
 SUBSCRIBERS = 500
@@ -158,7 +159,7 @@ def measure_fan_out(micro: Micro) -> None:
         hub = Hub()
         for near, _ in pairs:
             near.setblocking(False)
-            hub.add("news", Sink(DirectStream(near), cast("SinkOwner", None), 1 << 20, direct=True))
+            hub.add("news", Sink(ClientStream(near), cast("SinkOwner", None), 1 << 20, direct=True))
         count = 20
         micro.measure(
             f"fan-out: a delivery, {SUBSCRIBERS} sockets",

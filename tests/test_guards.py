@@ -47,6 +47,7 @@ brokers.redis_pipeline
 brokers.redis_link brokers.memory brokers.embedded
 brokers hub acceptor client forks eventloop
 sink delivery protocol metrics heartbeat board
+stream
 auth reload
 rules wheel frames
 config

@@ -5,11 +5,13 @@ All else is tested with the real daemon (test_websocket.py, test_http.py).
 
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from socket import socket as RawSocket
 from typing import Any
 
 import pytest
 from broker_kit import until
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPResponse
+from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
 from tornado.web import Application
 from tornado.websocket import WebSocketClientConnection, websocket_connect
@@ -19,6 +21,7 @@ from tornado_bcast.board import Board, State
 from tornado_bcast.brokers import BrokerHealth
 from tornado_bcast.config import default_config
 from tornado_bcast.handlers import make_routes
+from tornado_bcast.stream import ClientStream
 
 Event = dict[str, Any]
 
@@ -43,6 +46,30 @@ def inside(io_loop: IOLoop) -> Iterator[Inside]:
 @pytest.fixture
 def app(inside: Inside) -> Application:
     return make_routes(inside)
+
+
+class Server(HTTPServer):
+    """Makes streams as the worker does."""
+
+    def _handle_connection(self, connection: RawSocket, address: object) -> None:
+        self.handle_stream(ClientStream(connection), address)
+
+
+@pytest.fixture
+def http_server(app: Application, io_loop: IOLoop, _unused_port: tuple[RawSocket, int]) -> Iterator[Server]:
+    """In the place of pytest-tornado's."""
+    server = Server(app)
+
+    async def start() -> None:
+        server.add_socket(_unused_port[0])
+
+    async def stop() -> None:
+        server.stop()
+        await server.close_all_connections()
+
+    io_loop.run_sync(start)
+    yield server
+    io_loop.run_sync(stop)
 
 
 async def fetch(client: AsyncHTTPClient, url: str, body: Any = None, **headers: str) -> HTTPResponse:

@@ -14,7 +14,8 @@ from tornado.iostream import StreamClosedError
 
 from tornado_bcast.direct import DESCRIPTORS
 from tornado_bcast.frames import frame
-from tornado_bcast.sink import DirectStream, Sink, SlowConsumer
+from tornado_bcast.sink import Sink, SlowConsumer
+from tornado_bcast.stream import ClientStream
 
 
 class Owner:
@@ -122,7 +123,7 @@ class Way:
     def __init__(self, room: int = 0, limit: int = 100, *, direct: bool = True) -> None:
         self.stream = FakeStream(room)
         self.owner = Owner()
-        self.sink = Sink(cast(DirectStream, self.stream), self.owner, limit, direct=direct)
+        self.sink = Sink(cast(ClientStream, self.stream), self.owner, limit, direct=direct)
 
     def send(self, channel: str, text: str, policy: SlowConsumer = "disconnect") -> bool:
         """Send frames: one for each word."""
@@ -484,7 +485,7 @@ class Pair:
         ours, self.peer = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         self.peer.setblocking(False)
-        self.stream = DirectStream(ours)
+        self.stream = ClientStream(ours)
         self.owner = Owner()
         self.sink = Sink(self.stream, self.owner, limit, direct=direct)
 

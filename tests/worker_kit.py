@@ -42,7 +42,8 @@ from tornado_bcast.node import Node
 from tornado_bcast.protocol import Ack, Subscribe, Unsubscribe, encode_error
 from tornado_bcast.rules import NOBODY, ChannelRules, Principal
 from tornado_bcast.session import Session
-from tornado_bcast.sink import DirectStream, Sink, SlowConsumer
+from tornado_bcast.sink import Sink, SlowConsumer
+from tornado_bcast.stream import ClientStream
 from tornado_bcast.topic import Topic
 
 Event = dict[str, Any]
@@ -489,7 +490,7 @@ class Peer:
         self.worker = worker
         self.store = worker.broker.store
         self.pipe = Pipe(self._receive)
-        self.sink = Sink(cast(DirectStream, self.pipe), self, queue, direct=True)
+        self.sink = Sink(cast(ClientStream, self.pipe), self, queue, direct=True)
         self.session = Session()
         self.session.admit(who)
         self.subscriptions = Subscriptions(cast(Any, worker), self)

@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-from tornado.iostream import IOStream, StreamClosedError
+from tornado.iostream import StreamClosedError
 
 from .direct import DESCRIPTORS, give_back_slot, take_slot
+from .stream import ClientStream
 
 # What happens to a message that does not fit into the queue of a slow connection. `wait`: it is refused, and
 # stays in the stream of its persistent channel.
@@ -20,17 +21,6 @@ SlowConsumer = Literal["disconnect", "drop_oldest", "latest", "wait"]
 
 # Bytes handed to the stream at a time, so that drop_oldest and latest have a say about the rest.
 _CHUNK = 65536
-
-
-class DirectStream(IOStream):
-    """A stream that tells its sink before its descriptor is closed: from then on it may be another's."""
-
-    sink: "Sink | None" = None
-
-    def close_fd(self) -> None:
-        if self.sink is not None:
-            self.sink.shut()
-        super().close_fd()
 
 
 class SinkOwner(Protocol):
@@ -60,7 +50,7 @@ class _Entry:
 class Sink:
     """Sends frames to one connection. All methods are plain calls on the loop; none blocks or raises.
 
-    `direct`: frames may go to the descriptor of `stream`, past the stream. For a DirectStream without TLS.
+    `direct`: frames may go to the descriptor of `stream`, past the stream. Not with TLS.
     """
 
     __slots__ = (
@@ -76,14 +66,13 @@ class Sink:
         "slot",
     )
 
-    def __init__(self, stream: IOStream, owner: SinkOwner, limit: int, *, direct: bool) -> None:
+    def __init__(self, stream: ClientStream, owner: SinkOwner, limit: int, *, direct: bool) -> None:
         # Its place in DESCRIPTORS. No other sink has it as long as anybody holds this one.
         self.slot = take_slot()
         # -1 for TLS: every byte has to pass the stream.
         self._descriptor: int = stream.socket.fileno() if direct else -1
         self.clear = True
-        if isinstance(stream, DirectStream):
-            stream.sink = self
+        stream.sink = self
         self._stream = stream
         self._owner = owner
         # Bytes; the bound of `queued`.

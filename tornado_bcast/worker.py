@@ -33,7 +33,7 @@ from .board import Board, State
 from .config import Config
 from .eventloop import new_event_loop, until_tick
 from .reload import take_over
-from .sink import DirectStream
+from .stream import ClientStream
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Connections:
                 stream.close()
 
 
-class CountedStream(DirectStream):
+class CountedStream(ClientStream):
     """A stream that is counted from now until its socket is closed, by whomever and for whatever reason.
 
     `close_fd` is the one place that every way of closing passes, once. A close callback would not do:

@@ -11,7 +11,7 @@ import random
 import time
 from functools import partial
 
-from tornado.iostream import IOStream, SSLIOStream
+from tornado.iostream import SSLIOStream
 
 from ..auth import LEEWAY
 from ..brokers import Receipt
@@ -34,7 +34,8 @@ from ..protocol import (
     encode_ping,
 )
 from ..session import Session
-from ..sink import DirectStream, Sink, SlowConsumer
+from ..sink import Sink, SlowConsumer
+from ..stream import ClientStream
 from .base import Context, new_id, now_ms
 from .subscriptions import Restored, Subscriptions, make_refusal
 from .wire import Wire
@@ -65,11 +66,10 @@ class Connection:
         "slot",
     )
 
-    def __init__(self, context: Context, stream: IOStream) -> None:
+    def __init__(self, context: Context, stream: ClientStream) -> None:
         limits = context.config.limits
         self._context = context
-        direct = isinstance(stream, DirectStream) and not isinstance(stream, SSLIOStream)
-        self.sink = Sink(stream, self, limits.max_queue_bytes, direct=direct)
+        self.sink = Sink(stream, self, limits.max_queue_bytes, direct=not isinstance(stream, SSLIOStream))
         self._wire = Wire(stream, self, limits.max_message_bytes)
         self._subscriptions = Subscriptions(context, self)
         self.session = Session()

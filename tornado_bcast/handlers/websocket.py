@@ -10,6 +10,7 @@ from tornado.websocket import WebSocketHandler
 
 from ..errors import Refusal
 from ..protocol import SUBPROTOCOL
+from ..stream import ClientStream
 from .base import BaseHandler, CountedByPeer
 from .connection import Connection
 from .wire import Handshake
@@ -112,8 +113,9 @@ class SocketHandler(BaseHandler, WebSocketHandler):
 
     def open(self, *args: str, **kwargs: str) -> None:
         """The handshake is done: from here on the stream belongs to a Connection."""
-        assert self.ws_connection is not None and self.ws_connection.stream is not None
-        connection = Connection(self.context, self.ws_connection.stream)
+        stream = self.ws_connection and self.ws_connection.stream
+        assert isinstance(stream, ClientStream)  # worker.py makes them.
+        connection = Connection(self.context, stream)
         connection.start(self._head, self._offered_session(), self._offered_token())
         # What Tornado leaves to the end of the connection: this handler's end is here.
         self.ws_connection = None

@@ -12,7 +12,7 @@ import socket
 import sys
 from typing import Protocol, cast
 
-from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
+from tornado.iostream import IOStream, SSLIOStream
 from tornado.websocket import WebSocketHandler, WebSocketProtocol13, _WebSocketParams
 
 from ..errors import CloseCode
@@ -30,6 +30,7 @@ from ..frames import (
     unmask,
 )
 from ..sink import Sink
+from ..stream import ClientStream
 
 _unmask: Unmask
 try:
@@ -40,7 +41,6 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 65536
 _NO_COMPRESSION = _WebSocketParams(compression_options=None)
 # Seconds for the closing handshake; then the connection is cut.
 _CLOSE_SECONDS = 5.0
@@ -108,9 +108,9 @@ class Receiver(Protocol):
 class Wire:
     """The framing of one connection, and its closing handshake."""
 
-    __slots__ = ("_ended", "_parser", "_ping", "_receiver", "_said_close", "_stream", "_timer")
+    __slots__ = ("_parser", "_ping", "_receiver", "_said_close", "_stream", "_timer")
 
-    def __init__(self, stream: IOStream, receiver: Receiver, max_message: int) -> None:
+    def __init__(self, stream: ClientStream, receiver: Receiver, max_message: int) -> None:
         self._stream = stream
         self._receiver = receiver
         # None: nothing that comes is looked at any more.
@@ -119,17 +119,11 @@ class Wire:
         self._ping: bytes | None = None
         # A close frame was sent; nothing may follow it.
         self._said_close = False
-        self._ended = False
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Begin to read."""
-        try:
-            data = self._stream.read_bytes(_CHUNK, partial=True)
-        except StreamClosedError:
-            self._end()
-        else:
-            data.add_done_callback(self._on_data)  # type: ignore[attr-defined]
+        self._stream.receive(self._on_data, self._end)
 
     def is_closing(self) -> bool:
         """Whether no more can be said."""
@@ -152,12 +146,7 @@ class Wire:
         if self._said_close and self._parser is None:
             self._hang_up()
 
-    def _on_data(self, data: "asyncio.Future[bytes]") -> None:
-        try:
-            chunk = data.result()
-        except StreamClosedError:
-            self._end()
-            return
+    def _on_data(self, chunk: bytes) -> None:
         receiver = self._receiver
         receiver.on_sign_of_life()
         if self._parser is not None:
@@ -175,7 +164,6 @@ class Wire:
                 self._parser = None
                 self.close(1011, "internal error")
                 self._finish()
-        self.start()
 
     def _receive(self, opcode: int, payload: bytes) -> None:
         if opcode == CLOSE:
@@ -231,8 +219,6 @@ class Wire:
             self._stream.close()
 
     def _end(self) -> None:
-        if not self._ended:
-            self._ended = True
-            if self._timer is not None:
-                self._timer.cancel()
-            self._receiver.on_close()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._receiver.on_close()

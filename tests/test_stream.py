@@ -1,0 +1,122 @@
+"""What comes from a client, on real sockets. With TLS: test_workers.py."""
+
+import socket
+
+import pytest
+from broker_kit import asynchronous, until
+
+from tornado_bcast.stream import ClientStream
+
+
+class Client:
+    """A stream whose other end is a plain socket, and what it has told."""
+
+    def __init__(self) -> None:
+        ours, self.peer = socket.socketpair()
+        self.stream = ClientStream(ours)
+        self.heard: list[bytes] = []
+        self.ends = 0
+
+    def receive(self) -> None:
+        self.stream.receive(self.heard.append, self._end)
+
+    def _end(self) -> None:
+        self.ends += 1
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stream.close()
+        self.peer.close()
+
+    async def hears(self, data: bytes) -> None:
+        await until(lambda: b"".join(self.heard) == data)
+
+
+@asynchronous
+async def test_what_comes_is_told_in_order() -> None:
+    with Client() as client:
+        client.receive()
+        client.peer.send(b"a")
+        await client.hears(b"a")
+        data = bytes(range(256)) * 500
+        client.peer.sendall(data)
+        await client.hears(b"a" + data)
+
+
+@asynchronous
+async def test_what_came_with_the_handshake_is_told_first() -> None:
+    with Client() as client:
+        client.peer.send(b"GET\r\n\r\nfirst")
+        assert await client.stream.read_until(b"\r\n\r\n") == b"GET\r\n\r\n"
+        client.receive()
+        assert not client.heard, "it would be heard before its receiver is ready"
+        client.peer.send(b" second")
+        await client.hears(b"first second")
+
+
+@asynchronous
+async def test_it_hears_while_it_cannot_write() -> None:
+    with Client() as client:
+        client.receive()
+        written = client.stream.write(bytes(1 << 22))
+        assert client.stream.writing()
+        for piece in (b"a", b"b"):
+            client.peer.send(piece)
+            await client.hears(b"ab"[: b"ab".index(piece) + 1])
+        client.peer.setblocking(False)
+
+        def drain() -> bool:
+            while client.stream.writing():
+                try:
+                    client.peer.recv(1 << 20)
+                except BlockingIOError:
+                    return False
+            return True
+
+        await until(drain)
+        await written
+        client.peer.send(b"c")
+        await client.hears(b"abc")
+
+
+@pytest.mark.parametrize("how", ["the peer", "the peer, with bytes unread", "we"])
+@asynchronous
+async def test_the_end_is_told_once(how: str) -> None:
+    with Client() as client:
+        client.receive()
+        if how == "we":
+            client.stream.close()
+            assert not client.ends, "whoever closes is not called back from within"
+        else:
+            if "unread" in how:
+                client.stream.socket.send(b"unread")
+            client.peer.close()
+        await until(lambda: client.ends)
+        client.stream.close()
+        await until(client.stream.closed)
+        assert client.ends == 1
+
+
+@asynchronous
+async def test_one_that_has_closed_before() -> None:
+    with Client() as client:
+        client.stream.close()
+        client.receive()
+        await until(lambda: client.ends)
+        assert client.ends == 1 and not client.heard
+
+
+@asynchronous
+async def test_nothing_is_told_after_it_was_closed_from_within() -> None:
+    with Client() as client:
+
+        def received(data: bytes) -> None:
+            client.heard.append(data)
+            client.stream.close()
+
+        client.stream.receive(received, client._end)
+        client.peer.send(b"a")
+        await until(lambda: client.ends)
+        assert client.heard == [b"a"]

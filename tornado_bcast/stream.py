@@ -1,0 +1,76 @@
+"""A client's stream once it is no longer HTTP: what comes is handed on in the turn in which it came.
+
+Tornado's reads are futures: each costs a turn of the loop and a look at the socket more. `receive` takes
+their place, within Tornado's own watching of the socket, so that writing and closing are as ever, TLS
+included.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from typing import Protocol, cast
+
+from tornado.iostream import IOStream
+
+# What one look at a socket brings at most.
+_buffer = memoryview(bytearray(65536))
+
+
+class Closing(Protocol):
+    """Who uses the descriptor."""
+
+    def shut(self) -> None:
+        """The descriptor is about to be closed; from then on it may be another's."""
+
+
+class ClientStream(IOStream):
+    """See the module."""
+
+    sink: Closing | None = None
+    _received: Callable[[bytes], None] | None = None
+    _ended: Callable[[], None] | None = None
+
+    def receive(self, received: Callable[[bytes], None], ended: Callable[[], None]) -> None:
+        """Call `received` with all bytes from now on, and `ended` once, a turn after the stream has closed.
+
+        For the rest of its life; no read may be under way. `received` must not raise.
+        """
+        loop = asyncio.get_running_loop()
+        if self.closed():
+            loop.call_soon(ended)
+            return
+        if self._read_buffer_size:
+            # It came with the handshake.
+            came = cast("asyncio.Future[bytes]", self.read_bytes(self._read_buffer_size))
+            loop.call_soon(received, came.result())
+        self._received, self._ended = received, ended
+        self._add_io_state(self.io_loop.READ)
+
+    def reading(self) -> bool:
+        return self._received is not None or super().reading()
+
+    def _handle_read(self) -> None:
+        if self._received is None:
+            super()._handle_read()
+            return
+        more = True
+        while more and not self.closed():
+            try:
+                size = self.read_from_fd(_buffer)
+            except OSError as error:
+                self.close(exc_info=error)
+                return
+            if size == 0:
+                self.close()
+            elif size:
+                self._received(bytes(_buffer[:size]))
+            # Of what TLS holds already the loop would never hear.
+            more = bool(size) and isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
+
+    def close_fd(self) -> None:
+        if self.sink is not None:
+            self.sink.shut()
+        if self._ended is not None:
+            asyncio.get_running_loop().call_soon(self._ended)
+            self._received = self._ended = None
+        super().close_fd()
