@@ -13,7 +13,7 @@ from redis.exceptions import ConnectionError
 
 from tornado_bcast.brokers import BrokerEvents, decode_bus
 from tornado_bcast.brokers.redis_commands import CHUNK, Names
-from tornado_bcast.brokers.redis_link import LINK_ERRORS, Connection, Link, pack
+from tornado_bcast.brokers.redis_link import LINK_ERRORS, Connection, Link, pack, read_reply
 from tornado_bcast.errors import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class Bridge:
         try:
             async with asyncio.timeout(None) as self._patience:
                 while True:
-                    self._hear(await connection.read_response())
+                    self._hear(await read_reply(connection))
         except TimeoutError:
             raise ConnectionError("The pub/sub connection is open, but deaf.") from None
         finally:

@@ -20,7 +20,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from tornado_bcast.brokers.redis_link import LINK_ERRORS, Connection, Link, Server, pack
+from tornado_bcast.brokers.redis_link import LINK_ERRORS, Connection, Link, Server, pack, read_reply
 from tornado_bcast.errors import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ class Pipeline:
         done: list[tuple[Command[Any], Any]] = []
         for command in self._batch:
             try:
-                answer = await connection.read_response(disconnect_on_error=False)
+                answer = await read_reply(connection)
             except (ResponseError, BusyLoadingError, AuthenticationError) as error:
                 command.written = False
                 if error_code(error) in RETRY_CODES:
@@ -222,7 +222,7 @@ class Pipeline:
             else:
                 self._resolve(command, answer, server)
         if waits:
-            enough = await connection.read_response() >= self._wait_replicas
+            enough = await read_reply(connection) >= self._wait_replicas
             for command, answer in done:
                 if enough:
                     self._resolve(command, answer, server)
