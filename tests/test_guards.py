@@ -48,7 +48,7 @@ brokers.redis_link brokers.memory brokers.embedded
 brokers hub acceptor client forks eventloop
 sink delivery protocol metrics heartbeat board
 stream
-auth reload
+auth reload compression
 rules wheel frames
 config
 reading cores
@@ -61,7 +61,9 @@ __init__
 # In C, with a stand-in in Python.
 EXTENSIONS = {"_direct"}
 # No sockets, no clock, no loop: these are fed, and asked.
-SANS_IO = "protocol rules session delivery hub topic frames wheel heartbeat metrics errors".split()
+SANS_IO = (
+    "protocol rules session delivery hub topic frames compression wheel heartbeat metrics errors".split()
+)
 IO = {"asyncio", "tornado", "redis", "socket", "ssl", "time", "threading", "select", "selectors"}
 
 

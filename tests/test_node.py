@@ -86,6 +86,7 @@ class Ears:
 
     # So that it is asked, and its socket is not.
     clear = False
+    compressed = False
 
     def __init__(self) -> None:
         self.sends: list[tuple[str, int, SlowConsumer]] = []

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 
 from .brokers import BusMessage, History
+from .compression import Compressor
 from .delivery import Delivery
 from .errors import Unavailable
 from .frames import frame
@@ -20,6 +21,7 @@ from .hub import Hub
 from .metrics import Metrics
 from .protocol import encode_redelivery
 from .reader import StreamReader
+from .sink import Sink, SlowConsumer
 from .topic import Subscriber, Topic
 from .wheel import Wheel
 
@@ -37,7 +39,10 @@ class Dispatch:
     def __init__(
         self, hub: Hub, metrics: Metrics, reader: StreamReader, on_hole: Callable[[Topic], None]
     ) -> None:
+        # Who listens, by the form of frames that they take: as they are, or compressed.
         self._hub = hub
+        self._compressed = Hub()
+        self._compressor = Compressor()
         self._metrics = metrics
         self._reader = reader
         self._on_hole = on_hole
@@ -58,6 +63,10 @@ class Dispatch:
     def forget(self, topic: Topic) -> None:
         """Nobody uses this topic any more."""
         self._active.discard(topic)
+
+    def hub_of(self, sink: Sink) -> Hub:
+        """Where this sink listens."""
+        return self._compressed if sink.compressed else self._hub
 
     def gather(self, topic: Topic, message: BusMessage) -> None:
         if not topic.frames:
@@ -84,20 +93,26 @@ class Dispatch:
         policy = "wait" if persistent else topic.rule.slow_consumer
         left = len(frames)
         for batch in _batches(frames):
-            data = batch[0] if len(batch) == 1 else b"".join(batch)
-            sent, refused = self._hub.fan_out(channel, data, batch, policy)
-            count = sent * len(batch)
-            if count:
-                self._metrics.delivered += count
-                self._metrics.bytes_out += sent * len(data)
-                self._metrics.observe_lag(max(0.0, time.time() - topic.timestamp / 1000), count)
-            for sink in refused:
-                self.fall_behind(topic.live[sink])
+            self._fan_out(self._hub, topic, batch, policy)
+            if self._compressed.count(channel):
+                batch = [self._compressor.compress(plain) for plain in batch]
+                self._fan_out(self._compressed, topic, batch, policy)
             left -= len(batch)
             # Counted from the end: a publisher who knows another rule than this node sends without numbers.
             topic.flushed = max(topic.flushed, topic.seq - left)
         if topic.edge is not None:
             self._active.add(topic)
+
+    def _fan_out(self, hub: Hub, topic: Topic, batch: list[bytes], policy: SlowConsumer) -> None:
+        data = batch[0] if len(batch) == 1 else b"".join(batch)
+        sent, refused = hub.fan_out(topic.channel or None, data, batch, policy)
+        count = sent * len(batch)
+        if count:
+            self._metrics.delivered += count
+            self._metrics.bytes_out += sent * len(data)
+            self._metrics.observe_lag(max(0.0, time.time() - topic.timestamp / 1000), count)
+        for sink in refused:
+            self.fall_behind(topic.live[sink])
 
     def attach(self, subscriber: Subscriber) -> None:
         """Begin to send: to a live subscriber from now on, to one that is behind from its position on."""
@@ -106,7 +121,7 @@ class Dispatch:
         if subscriber.delivery is None:
             # What gathered before this subscription is not for it.
             self.flush(topic)
-            self._hub.add(topic.channel, subscriber.sink)
+            self.hub_of(subscriber.sink).add(topic.channel, subscriber.sink)
         else:
             topic.behind[subscriber.sink] = subscriber
             self.advance(subscriber)
@@ -116,7 +131,7 @@ class Dispatch:
         topic = subscriber.topic
         self._metrics.subscriptions -= 1
         subscriber.closed = True
-        self._hub.remove(topic.channel, subscriber.sink)
+        self.hub_of(subscriber.sink).remove(topic.channel, subscriber.sink)
         topic.live.pop(subscriber.sink, None)
         topic.behind.pop(subscriber.sink, None)
         if subscriber.slot is not None:
@@ -157,7 +172,7 @@ class Dispatch:
         topic.behind.pop(subscriber.sink, None)
         topic.live[subscriber.sink] = subscriber
         delivery.behind = False
-        self._hub.add(topic.channel, subscriber.sink)
+        self.hub_of(subscriber.sink).add(topic.channel, subscriber.sink)
         edge = delivery.edge
         if edge is not None:
             topic.edge = edge if topic.edge is None else min(edge, topic.edge)
@@ -166,7 +181,7 @@ class Dispatch:
         """From the live ones to those behind, at the head as of the last flush."""
         topic, delivery = subscriber.topic, subscriber.delivery
         assert delivery is not None
-        self._hub.remove(topic.channel, subscriber.sink)
+        self.hub_of(subscriber.sink).remove(topic.channel, subscriber.sink)
         topic.live.pop(subscriber.sink, None)
         topic.behind[subscriber.sink] = subscriber
         delivery.fall_behind(topic.epoch, topic.flushed)
@@ -229,7 +244,8 @@ class Dispatch:
                 break
             times = delivery.redelivered(message.seq)
             redelivered += bool(times)
-            frames.append(frame(encode_redelivery(message.payload, times) if times else message.payload))
+            plain = frame(encode_redelivery(message.payload, times) if times else message.payload)
+            frames.append(self._compressor.compress(plain) if subscriber.sink.compressed else plain)
             size += len(frames[-1])
             last = message.seq
         if frames:

@@ -15,12 +15,16 @@ BINARY = 0x2
 CLOSE = 0x8
 PING = 0x9
 PONG = 0xA
+# The bit RSV1 of a message's first frame: it is compressed (RFC 7692, section 6).
+COMPRESSED = 0x40
 
 _FIN = 0x80
 _RSV = 0x70
 _MASKED = 0x80
 # (mask, data) -> data without its mask, or with it.
 Unmask = Callable[[bytes, bytes], bytes]
+# (compressed message, limit) -> its payload of at most `limit` bytes. Raises ProtocolViolation.
+Inflate = Callable[[bytes, int], bytes]
 
 _UINT16 = Struct("!H")
 _UINT64 = Struct("!Q")
@@ -36,13 +40,22 @@ class ProtocolViolation(BcastError):
 
 
 def frame(payload: bytes, opcode: int = TEXT) -> bytes:
-    """One unfragmented, unmasked frame, as a server sends it (RFC 6455, section 5.2)."""
+    """One unfragmented, unmasked frame, as a server sends it (RFC 6455, section 5.2).
+
+    `COMPRESSED | TEXT` is the opcode of a compressed message.
+    """
     length = len(payload)
     if length < 126:
         return bytes((_FIN | opcode, length)) + payload
     if length < 65536:
         return bytes((_FIN | opcode, 126)) + _UINT16.pack(length) + payload
     return bytes((_FIN | opcode, 127)) + _UINT64.pack(length) + payload
+
+
+def payload_of(data: bytes) -> memoryview:
+    """What is inside a whole frame that `frame` has made."""
+    length = data[1]
+    return memoryview(data)[2 if length < 126 else 4 if length == 126 else 10 :]
 
 
 def unmask(mask: bytes, data: bytes) -> bytes:
@@ -61,20 +74,24 @@ class FrameParser:
     """Turns bytes from one client into `(opcode, payload)` pairs: whole data messages and control frames.
 
     Holds at most one message of `max_message` bytes and one partial frame. A control frame between the
-    fragments of a message is yielded at once, before it (RFC 6455, section 5.4).
+    fragments of a message is yielded at once, before it (RFC 6455, section 5.4). With `inflate` messages may
+    be compressed; they are unpacked when they are whole, so that nothing is kept for it in between.
     """
 
-    __slots__ = ("_buffer", "_fragments", "_fragments_opcode", "_max_message", "_unmask")
+    __slots__ = ("_buffer", "_first", "_fragments", "_inflate", "_max_message", "_unmask")
 
-    def __init__(self, max_message: int, unmask: Unmask = unmask) -> None:
+    def __init__(self, max_message: int, unmask: Unmask = unmask, inflate: Inflate | None = None) -> None:
         # Bytes; a longer message is a violation with code 1009.
         self._max_message = max_message
         # A faster one may be at hand.
         self._unmask = unmask
+        # None: compression was not agreed on.
+        self._inflate = inflate
         self._buffer = b""
         # The fragments so far of an unfinished message; None between messages.
         self._fragments: bytearray | None = None
-        self._fragments_opcode = 0
+        # Opcode of that message, and whether it is compressed; 0 between messages.
+        self._first = 0
 
     def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         """Yield all that is complete. Raises ProtocolViolation; the parser is of no use after that."""
@@ -87,7 +104,7 @@ class FrameParser:
             first = buffer[position]
             second = buffer[position + 1]
             if first & _RSV:
-                raise ProtocolViolation(1002, "reserved bits set, and no extension was agreed on")
+                self._check_reserved(first)
             if not second & _MASKED:
                 raise ProtocolViolation(1002, "a client's frames must be masked")
             opcode = first & 0x0F
@@ -116,7 +133,7 @@ class FrameParser:
                     (length,) = _UINT64.unpack_from(buffer, start)
                     start += 8
                 if length + len(self._fragments or b"") > self._max_message:
-                    raise ProtocolViolation(CloseCode.TOO_BIG, "message too big")
+                    self._check_size(first, length)
             start += 4
             stop = start + length
             if stop > end:
@@ -126,18 +143,37 @@ class FrameParser:
             if opcode >= CLOSE:
                 yield opcode, payload
             elif first & _FIN and opcode:
-                yield opcode, payload
+                yield opcode, self._unpack(payload) if first & COMPRESSED else payload
             else:
-                yield from self._continue(opcode, payload, bool(first & _FIN))
+                yield from self._continue(first, payload)
         self._buffer = buffer[position:] if position else buffer
 
-    def _continue(self, opcode: int, payload: bytes, final: bool) -> Iterator[tuple[int, bytes]]:
+    def _check_reserved(self, first: int) -> None:
+        """RFC 6455, section 5.2, and RFC 7692, section 6.1."""
+        opcode = first & 0x0F
+        if self._inflate is None or first & _RSV != COMPRESSED:
+            raise ProtocolViolation(1002, "reserved bits set, and no extension was agreed on that uses them")
+        if opcode == 0 or opcode >= CLOSE:
+            raise ProtocolViolation(1002, "only the first frame of a message says that it is compressed")
+
+    def _check_size(self, first: int, length: int) -> None:
+        """What cannot be compressed grows a little by it (zlib's deflateBound); all else is too big."""
+        longest = self._max_message + self._max_message // 8 + 64
+        if not (first | self._first) & COMPRESSED or length + len(self._fragments or b"") > longest:
+            raise ProtocolViolation(CloseCode.TOO_BIG, "message too big")
+
+    def _unpack(self, data: bytes) -> bytes:
+        assert self._inflate is not None
+        return self._inflate(data, self._max_message)
+
+    def _continue(self, first: int, payload: bytes) -> Iterator[tuple[int, bytes]]:
         if self._fragments is None:
             self._fragments = bytearray(payload)
-            self._fragments_opcode = opcode
+            self._first = first & (COMPRESSED | 0x0F)
             return
         self._fragments += payload
-        if final:
-            message = bytes(self._fragments)
+        if first & _FIN:
+            message, begun = bytes(self._fragments), self._first
             self._fragments = None
-            yield self._fragments_opcode, message
+            self._first = 0
+            yield begun & 0x0F, self._unpack(message) if begun & COMPRESSED else message

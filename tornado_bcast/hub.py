@@ -65,9 +65,9 @@ class Hub:
             if not listeners.sinks:
                 del self._channels[channel]
 
-    def count(self, channel: str) -> int:
-        """How many sinks listen to a channel."""
-        listeners = self._channels.get(channel)
+    def count(self, channel: str | None) -> int:
+        """How many sinks listen to a channel; None: how many connections there are."""
+        listeners = self._everybody if channel is None else self._channels.get(channel)
         return len(listeners.sinks) if listeners else 0
 
     def fan_out(

@@ -19,6 +19,7 @@ from .metrics import Metrics
 from .protocol import Position
 from .reader import PIECE, StreamReader
 from .rules import ChannelRules
+from .sink import Sink
 from .topic import Topic
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,14 @@ class Node:
         await self.dispatch.close()
         await self._reader.close()
         await self._broker.close()
+
+    def connect(self, sink: Sink) -> None:
+        """A connection is there: what is broadcast to all reaches it from now on."""
+        self.dispatch.hub_of(sink).connect(sink)
+
+    def disconnect(self, sink: Sink) -> None:
+        """It has gone."""
+        self.dispatch.hub_of(sink).disconnect(sink)
 
     @property
     def broker(self) -> Broker:

@@ -39,6 +39,7 @@ class ServerConfig:
     # Both or neither.
     certfile: str | None
     keyfile: str | None
+    compression: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +208,8 @@ SETTINGS: tuple[Setting, ...] = (
         "The certificate chain (PEM) for TLS; goes together with keyfile."),
     _setting("server", "keyfile", values.path(), "",
         "The private key (PEM, without a passphrase) of certfile."),
+    _setting("server", "compression", values.boolean(), "no",
+        "yes: clients that offer permessage-deflate are sent compressed messages; fewer bytes for more CPU."),
 
     _setting("redis", "url", addresses.redis_url(), "embedded:",
         "embedded: starts a private server; unix:///, redis://, rediss:// use yours; memory: is for tests.",

@@ -63,10 +63,13 @@ class Sink:
         "_owner",
         "_queued",
         "_stream",
+        "compressed",
         "slot",
     )
 
-    def __init__(self, stream: ClientStream, owner: SinkOwner, limit: int, *, direct: bool) -> None:
+    def __init__(
+        self, stream: ClientStream, owner: SinkOwner, limit: int, *, direct: bool, compressed: bool = False
+    ) -> None:
         # Its place in DESCRIPTORS. No other sink has it as long as anybody holds this one.
         self.slot = take_slot()
         # -1 for TLS: every byte has to pass the stream.
@@ -77,6 +80,8 @@ class Sink:
         self._owner = owner
         # Bytes; the bound of `queued`.
         self._limit = limit
+        # Its peer takes compressed frames; they are made by who sends here.
+        self.compressed = compressed
         # The last frame has been given: nothing may follow it (RFC 6455, section 5.5.1).
         self._ended = False
         # Bytes accepted and not yet known to have left, those in the stream's hands included.

@@ -21,7 +21,6 @@ from ..board import Board
 from ..config import Config
 from ..errors import HTTP_STATUS, CloseCode, ErrorCode, Refusal
 from ..heartbeat import Peer
-from ..hub import Hub
 from ..keeper import Keeper
 from ..keys import ApiKey
 from ..logs import RefusalLog
@@ -48,7 +47,6 @@ class Context(Protocol):
     # Connections by the end of their tokens, in Unix seconds.
     expiries: Wheel["Connection"]
     node: Node
-    hub: Hub
     board: Board
     metrics: Metrics
     refusals: RefusalLog

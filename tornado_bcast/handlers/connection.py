@@ -66,11 +66,12 @@ class Connection:
         "slot",
     )
 
-    def __init__(self, context: Context, stream: ClientStream) -> None:
+    def __init__(self, context: Context, stream: ClientStream, *, compressed: bool) -> None:
         limits = context.config.limits
         self._context = context
-        self.sink = Sink(stream, self, limits.max_queue_bytes, direct=not isinstance(stream, SSLIOStream))
-        self._wire = Wire(stream, self, limits.max_message_bytes)
+        direct = not isinstance(stream, SSLIOStream)
+        self.sink = Sink(stream, self, limits.max_queue_bytes, direct=direct, compressed=compressed)
+        self._wire = Wire(stream, self, limits.max_message_bytes, compressed=compressed)
         self._subscriptions = Subscriptions(context, self)
         self.session = Session()
         self.closed = False
@@ -145,7 +146,7 @@ class Connection:
         for refusal in refused:
             self.refuse_command(refusal)
         self._subscriptions.begin(restored)
-        context.hub.connect(self.sink)
+        context.node.connect(self.sink)
         context.keeper.add(self.session, self.end)
         if self.session.changed:
             context.keeper.touch(self.session)
@@ -157,7 +158,7 @@ class Connection:
         if not self._begun:
             return
         context = self._context
-        context.hub.disconnect(self.sink)
+        context.node.disconnect(self.sink)
         context.disconnect(self)
         context.expiries.discard(self, self.expiry)
         self._subscriptions.close()

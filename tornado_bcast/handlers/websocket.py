@@ -8,6 +8,7 @@ from importlib.resources import files
 from tornado.iostream import IOStream
 from tornado.websocket import WebSocketHandler
 
+from ..compression import negotiate
 from ..errors import Refusal
 from ..protocol import SUBPROTOCOL
 from ..stream import ClientStream
@@ -107,6 +108,11 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         ]
         if chosen is not None:
             lines.append(f"Sec-WebSocket-Protocol: {chosen}")
+        extensions = self.request.headers.get("Sec-WebSocket-Extensions")
+        agreed = negotiate(extensions) if extensions and self.context.config.server.compression else None
+        self._compressed = agreed is not None
+        if agreed is not None:
+            lines.append(f"Sec-WebSocket-Extensions: {agreed}")
         lines += [f"{name}: {value}" for name, value in self._headers.get_all() if name != "Content-Type"]
         self._head = "\r\n".join((*lines, "\r\n")).encode("latin-1")
         return self._detach_stream()
@@ -115,7 +121,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         """The handshake is done: from here on the stream belongs to a Connection."""
         stream = self.ws_connection and self.ws_connection.stream
         assert isinstance(stream, ClientStream)  # worker.py makes them.
-        connection = Connection(self.context, stream)
+        connection = Connection(self.context, stream, compressed=self._compressed)
         connection.start(self._head, self._offered_session(), self._offered_token())
         # What Tornado leaves to the end of the connection: this handler's end is here.
         self.ws_connection = None

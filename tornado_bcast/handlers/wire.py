@@ -15,6 +15,7 @@ from typing import Protocol, cast
 from tornado.iostream import IOStream, SSLIOStream
 from tornado.websocket import WebSocketHandler, WebSocketProtocol13, _WebSocketParams
 
+from ..compression import inflate
 from ..errors import CloseCode
 from ..frames import (
     BINARY,
@@ -110,11 +111,13 @@ class Wire:
 
     __slots__ = ("_parser", "_ping", "_receiver", "_said_close", "_stream", "_timer")
 
-    def __init__(self, stream: ClientStream, receiver: Receiver, max_message: int) -> None:
+    def __init__(
+        self, stream: ClientStream, receiver: Receiver, max_message: int, *, compressed: bool = False
+    ) -> None:
         self._stream = stream
         self._receiver = receiver
         # None: nothing that comes is looked at any more.
-        self._parser: FrameParser | None = FrameParser(max_message, _unmask)
+        self._parser: FrameParser | None = FrameParser(max_message, _unmask, inflate if compressed else None)
         # The payload of the last ping that could not be answered at once (RFC 6455, section 5.5.3).
         self._ping: bytes | None = None
         # A close frame was sent; nothing may follow it.
