@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run lint test bench
+.PHONY: help run lint test bench conformance
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -29,3 +29,6 @@ test: lint ## lint and every test; installs what it needs
 
 bench: $(VENV)/test ## the benchmark, at most 10 minutes: bench/RESULTS.md (BENCH=--quick for a smoke run)
 	$(BIN)/python bench/run.py $(BENCH)
+
+conformance: $(VENV)/test ## the whole Autobahn TestSuite, about 13 minutes; installs it where Python 2.7 is
+	$(BIN)/python tests/autobahn.py

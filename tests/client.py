@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import ssl
+import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from itertools import count
 from struct import pack
@@ -199,15 +200,20 @@ def handshake(host: str, path: str = "/ws", headers: Mapping[str, str | None] | 
 class Raw:
     """A WebSocket connection of single frames, that reads and answers nothing unless told to.
 
-    `window`: bytes that the kernel may hold for it.
+    `window`: bytes that the kernel may hold for it. `extensions`: what it offers; compressed frames are
+    unpacked then, each by itself, and `compressed` has their sizes.
     """
 
-    def __init__(self, url: str, *, window: int | None = None) -> None:
+    def __init__(self, url: str, *, window: int | None = None, extensions: str | None = None) -> None:
         parts = urlsplit(url)
         self._host = parts.netloc
         self._address = (parts.hostname, parts.port)
         self._socket = socket.socket()
         self._socket.setblocking(False)
+        self._extensions = extensions
+        # What the server has agreed to.
+        self.agreed: str | None = None
+        self.compressed: list[int] = []
         if window is not None:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
         self._buffer = b""
@@ -215,9 +221,14 @@ class Raw:
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
         await loop.sock_connect(self._socket, self._address)
-        await loop.sock_sendall(self._socket, handshake(self._host))
+        offer = {"Sec-WebSocket-Extensions": self._extensions}
+        await loop.sock_sendall(self._socket, handshake(self._host, headers=offer))
         head = await self._until(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 101"), head
+        for line in head.decode().split("\r\n"):
+            name, _, value = line.partition(": ")
+            if name.lower() == "sec-websocket-extensions":
+                self.agreed = value
         opcode, payload = await self.frame()
         assert opcode == 1 and json.loads(payload)["op"] == "connect"
         return self
@@ -246,12 +257,18 @@ class Raw:
         """The next frame; ConnectionError when there is none any more."""
         head = await self._read(2)
         size = head[1]
-        assert head[0] & 0x70 == 0 and size < 128, "extensions and masks are not for servers"
+        opcode, packed = head[0] & 0x0F, head[0] & 0x70 != 0
+        assert head[0] & 0x30 == 0 and size < 128, "other extensions and masks are not for servers"
+        assert not packed or (self.agreed and opcode in (1, 2)), "compressed, and not agreed on"
         if size == 126:
             size = int.from_bytes(await self._read(2), "big")
         elif size == 127:
             size = int.from_bytes(await self._read(8), "big")
-        return head[0] & 0x0F, await self._read(size)
+        payload = await self._read(size)
+        if packed:
+            self.compressed.append(size)
+            payload = zlib.decompressobj(-15).decompress(payload + b"\x00\x00\xff\xff")
+        return opcode, payload
 
     async def close_code(self) -> tuple[int, str]:
         """Pass over everything up to the close frame; its code and reason."""

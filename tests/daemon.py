@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -39,9 +39,21 @@ def until(condition: Callable[[], Any], seconds: float = 10) -> Any:
 
 
 class Daemon:
-    """One daemon on a free port of 127.0.0.1. `variables` are environment variables."""
+    """One daemon on a free port of 127.0.0.1. `variables` are environment variables.
 
-    def __init__(self, ini: str = "", *, workers: int = 1, redis: str = "memory:", **variables: str) -> None:
+    `program` are the arguments of Python in front of `serve`.
+    """
+
+    def __init__(
+        self,
+        ini: str = "",
+        *,
+        workers: int = 1,
+        redis: str = "memory:",
+        program: Sequence[str] = ("-m", "tornado_bcast.cli"),
+        **variables: str,
+    ) -> None:
+        self._program = program
         self.place = Path(tempfile.mkdtemp(prefix="bcastd"))
         self._ini = self.place / "bcast.ini"
         self._ini.write_text(ini)
@@ -84,7 +96,7 @@ class Daemon:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_OWN)}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "error", "-m", "tornado_bcast.cli", "serve", "-c", str(self._ini)],
+                [sys.executable, "-W", "error", *self._program, "serve", "-c", str(self._ini)],
                 env=environment | self._variables,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,

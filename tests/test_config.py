@@ -84,7 +84,7 @@ class TestDefaults:
         loaded = config.read(environ={}, cores=lambda: 3)
         assert loaded.config == Config(
             server=config.ServerConfig(
-                "127.0.0.1", 8080, 3, "development", 0, 0, 20.0, 0.0, (), certfile=None, keyfile=None
+                "127.0.0.1", 8080, 3, "development", 0, 0, 20.0, 0.0, (), None, None, compression=False
             ),
             redis=config.RedisConfig("embedded:", "bcast", 5.0, 0, "always", None),
             cors=config.CorsConfig(("*",)),

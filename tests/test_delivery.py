@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 )
 from worker_kit import Clockwork, Peer, Store, Worker, make_rule
 
+from tornado_bcast import compression
 from tornado_bcast.brokers import BusMessage
 from tornado_bcast.config import ChannelsConfig
 from tornado_bcast.delivery import RETRY_WINDOW, Delivery
@@ -231,7 +232,7 @@ class World(RuleBasedStateMachine):
         self.worker = Worker(self.store, ChannelsConfig(self.rule, (), "server")).start()
         self.broker = self.worker.broker
         self.broker.manual = True
-        self.connect(True, None, 1 << 20, True)
+        self.connect(True, None, 1 << 20, True, False)
         self.publish(20, True)
 
     def teardown(self) -> None:
@@ -252,20 +253,21 @@ class World(RuleBasedStateMachine):
         last=st.none() | st.integers(0, 20),
         queue=st.sampled_from([300, 2000, 1 << 20]),
         wait=st.booleans(),
+        compressed=st.booleans(),
     )
-    def connect(self, ack: bool, last: int | None, queue: int, wait: bool) -> None:
-        peer = Peer(self.worker, queue=queue).open()
+    def connect(self, ack: bool, last: int | None, queue: int, wait: bool, compressed: bool) -> None:
+        peer = Peer(self.worker, queue=queue, compressed=compressed).open()
         self.peers.append(peer)
         peer.subscribe(CHANNEL, ack=ack, last=last)
         if wait:
             self.exchange()
 
     @precondition(lambda self: self.gone and len(self.peers) < 3)
-    @rule(data=st.data(), queue=st.sampled_from([300, 2000, 1 << 20]))
-    def resume(self, data: st.DataObject, queue: int) -> None:
+    @rule(data=st.data(), queue=st.sampled_from([300, 2000, 1 << 20]), compressed=st.booleans())
+    def resume(self, data: st.DataObject, queue: int, compressed: bool) -> None:
         old = data.draw(st.sampled_from(self.gone))
         self.gone.remove(old)
-        self.peers.append(Peer(self.worker, queue=queue, heir=old).open())
+        self.peers.append(Peer(self.worker, queue=queue, heir=old, compressed=compressed).open())
 
     @property
     def watching(self) -> list[Peer]:
@@ -441,7 +443,9 @@ class World(RuleBasedStateMachine):
 
 
 @pytest.mark.logs("history_lost")
-def test_a_worker_whatever_happens() -> None:
+def test_a_worker_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    # So that its small messages are compressed as well.
+    monkeypatch.setattr(compression, "THRESHOLD", 0)
     run_machine(World, 100, 60)
 
 

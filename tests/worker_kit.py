@@ -10,6 +10,7 @@ import asyncio
 import errno
 import json
 import logging
+import zlib
 from array import array
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -485,12 +486,18 @@ class Peer:
     """
 
     def __init__(
-        self, worker: Worker, *, queue: int = 1 << 20, heir: "Peer | None" = None, who: Principal = NOBODY
+        self,
+        worker: Worker,
+        *,
+        queue: int = 1 << 20,
+        heir: "Peer | None" = None,
+        who: Principal = NOBODY,
+        compressed: bool = False,
     ) -> None:
         self.worker = worker
         self.store = worker.broker.store
         self.pipe = Pipe(self._receive)
-        self.sink = Sink(cast(ClientStream, self.pipe), self, queue, direct=True)
+        self.sink = Sink(cast(ClientStream, self.pipe), self, queue, direct=True, compressed=compressed)
         self.session = Session()
         self.session.admit(who)
         self.subscriptions = Subscriptions(cast(Any, worker), self)
@@ -535,7 +542,7 @@ class Peer:
         for refusal in refused:
             self.refuse_command(refusal)
         self.subscriptions.begin(restored)
-        self.worker.hub.connect(self.sink)
+        self.worker.node.connect(self.sink)
         self.worker.keeper.add(self.session, self.end)
 
     def on_close(self) -> None:
@@ -545,7 +552,7 @@ class Peer:
         if not self.opened:
             return
         self.worker.peers.remove(self)
-        self.worker.hub.disconnect(self.sink)
+        self.worker.node.disconnect(self.sink)
         self.subscriptions.close()
         self.worker.keeper.remove(self.session)
 
@@ -587,7 +594,11 @@ class Peer:
                 length, start = int.from_bytes(self._bytes[2:10], "big"), 10
             if len(self._bytes) < start + length:
                 return
-            event = json.loads(self._bytes[start : start + length])
+            payload = self._bytes[start : start + length]
+            if self._bytes[0] & 0x40:
+                assert self.sink.compressed
+                payload = zlib.decompressobj(-15).decompress(payload + b"\x00\x00\xff\xff")
+            event = json.loads(payload)
             del self._bytes[: start + length]
             if self.code is None:
                 self._tell(event)
