@@ -41,7 +41,7 @@ class Dispatch:
     ) -> None:
         # Who listens, by the form of frames that they take: as they are, or compressed.
         self._hub = hub
-        self._compressed = Hub()
+        self._compressed = hub.sibling()
         self._compressor = Compressor()
         self._metrics = metrics
         self._reader = reader

@@ -46,6 +46,10 @@ class Hub:
         self._channels: dict[str, _Listeners] = {}
         self._everybody = _Listeners()
 
+    def sibling(self) -> "Hub":
+        """An empty one that sends in the same way, for those who get the same in another form."""
+        return Hub(self._send_each)
+
     def connect(self, sink: Sink) -> None:
         self._everybody.add(sink)
 
