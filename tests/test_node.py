@@ -84,8 +84,8 @@ class _Ear:
 class Ears:
     """A sink that records each send. Not `ready`: it has a queue, and takes nothing that may wait."""
 
-    # So that it is asked, and its socket is not.
-    clear = False
+    # One that is never clear: it is asked, and no socket is.
+    slot = -1
     compressed = False
 
     def __init__(self) -> None:
