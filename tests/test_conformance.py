@@ -7,13 +7,14 @@ from autobahn import ECHO, FRAMING, INI, Missing, faults, find, run, summary
 from daemon import Daemon
 
 
+@pytest.mark.timeout(300)
 def test_no_case_of_groups_1_to_10_fails(tmp_path: Path) -> None:
     try:
         find()
     except Missing as missing:
         pytest.skip(str(missing))
     with Daemon(INI, program=ECHO) as daemon:
-        results = run(daemon, FRAMING, 110, tmp_path)
+        results = run(daemon, FRAMING, 240, tmp_path)
     assert len(results) > 290, summary(results)
     assert not faults(results), summary(results)
 
