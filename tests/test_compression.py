@@ -444,12 +444,13 @@ async def test_bombs_cost_no_memory(daemon: Daemon) -> None:
 async def test_a_slow_reader_of_a_persistent_channel_misses_nothing(daemon: Daemon) -> None:
     """It falls behind the live ones, reads the stream and is live again: compressed, once, in order."""
     noise = random.Random(3)
-    total = 60
+    # More than the kernel takes.
+    total = 160
     async with packed_raw(daemon, window=4096) as slow, Client(daemon.ws_url) as publisher:
         await slow.subscribe("kept:slow")
         for number in range(total):
-            # Half of it can be compressed: some 25 KB.
-            data = f"{number} " + noise.randbytes(12_000).hex()
+            # Half of it is saved.
+            data = f"{number} " + noise.randbytes(40_000).hex()
             answer = await publisher.ask("broadcast", channel="kept:slow", data=data)
             assert answer["seq"] == number + 1
         events = [await message(slow) for _ in range(total)]
