@@ -11,7 +11,9 @@ when the machine leaves it alone. `run.py` measures the daemon as a whole; this 
 import argparse
 import asyncio
 import cProfile
+import json
 import pstats
+import random
 import resource
 import shutil
 import socket
@@ -20,20 +22,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from compression import rows  # noqa: E402
 from servers import free_port, listens, redis_binary  # noqa: E402
 
 from tornado_bcast.application import make_application  # noqa: E402
 from tornado_bcast.board import Board, State  # noqa: E402
 from tornado_bcast.brokers import BusMessage, Publication, decode_bus, encode_bus  # noqa: E402
 from tornado_bcast.brokers.redis import RedisBroker  # noqa: E402
+from tornado_bcast.compression import Compressor, inflate  # noqa: E402
 from tornado_bcast.config import default_config  # noqa: E402
-from tornado_bcast.frames import FrameParser, frame  # noqa: E402
+from tornado_bcast.frames import FrameParser, frame, payload_of  # noqa: E402
 from tornado_bcast.hub import Hub  # noqa: E402
 from tornado_bcast.protocol import decode, encode_ack, encode_message  # noqa: E402
 from tornado_bcast.sink import Sink, SinkOwner  # noqa: E402
@@ -144,6 +149,19 @@ def measure_encode(micro: Micro) -> None:
 def measure_frame(micro: Micro) -> None:
     count = 50_000
     micro.measure("frame: around a message of 64 bytes", count, _times(count, lambda: frame(PAYLOAD)))
+
+
+def measure_compress(micro: Micro) -> None:
+    """Both directions, of records whose names come again and whose numbers do not."""
+    compressor = Compressor()
+    for size in (300, 1024, 16_384):
+        plain = frame(json.dumps(rows(size, random.Random(1))).encode())
+        packed = compressor.compress(plain)
+        count = 2_000_000 // size
+        name = f"{len(plain)} bytes to {len(packed)}"
+        micro.measure(f"compress: {name}", count, _times(count, partial(compressor.compress, plain)))
+        data = bytes(payload_of(packed))
+        micro.measure(f"inflate: {name}", count, _times(count, partial(inflate, data, 1 << 20)))
 
 
 def measure_fan_out(micro: Micro) -> None:
@@ -309,6 +327,7 @@ ALL = {
     "decode": measure_decode,
     "encode": measure_encode,
     "frame": measure_frame,
+    "compress": measure_compress,
     "fan_out": measure_fan_out,
     "publish": measure_publish,
     "subscribe": measure_subscribe,

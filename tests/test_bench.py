@@ -50,7 +50,15 @@ def test_the_smallest_run_measures_every_row(tmp_path: Path) -> None:
     ElementTree.parse(tmp_path / "results.svg")
 
 
-@pytest.mark.parametrize("name", ["decode", "encode", "frame", "fan_out", "subscribe"])
+def test_compression_is_measured() -> None:
+    small = ("--subscribers", "20", "--messages", "10", "--rounds", "1")
+    done = run(sys.executable, BENCH / "compression.py", *small)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plain, packed = (int(line.split()[1]) for line in done.stdout.splitlines())
+    assert packed < plain / 2
+
+
+@pytest.mark.parametrize("name", ["decode", "encode", "frame", "compress", "fan_out", "subscribe"])
 def test_micro_benchmarks_run(name: str) -> None:
     done = run(sys.executable, BENCH / "micro.py", "--repeats", "1", "--profile", name)
     assert done.returncode == 0, done.stderr
