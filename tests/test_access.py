@@ -541,6 +541,8 @@ async def test_a_bare_proxy_pass_opens_nothing_in_production(tmp_path: Path) -> 
         Daemon("[channels]\npublish = server\n", BCAST_ENV="production") as daemon,
         proxy(daemon, tmp_path) as url,
     ):
+        # It warns that no key is set.
+        daemon.expect("configuration")
         for path in READ[:3]:
             assert code(await http(url, "GET", path)) == (401, "unauthorized")
         assert code(await http(url, "POST", "/broadcast", one)) == (401, "unauthorized")

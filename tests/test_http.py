@@ -46,6 +46,8 @@ def daemon(two_workers: Daemon) -> Iterator[Daemon]:
 @pytest.fixture(scope="module")
 def production_daemon() -> Iterator[Daemon]:
     with Daemon(PRODUCTION) as daemon:
+        # It warns that no key is set.
+        daemon.expect("configuration")
         yield daemon
 
 
