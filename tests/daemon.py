@@ -79,12 +79,15 @@ class Daemon:
         assert self._process is not None
         return self._process.pid
 
+    def _command(self) -> list[str]:
+        return [sys.executable, "-W", "error", "-m", "tornado_bcast.cli", "serve", "-c", str(self._ini)]
+
     def start(self, *, ready: bool = True) -> Self:
         """Run it until it serves; with `ready`, until `/health/ready` says so."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_OWN)}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "error", "-m", "tornado_bcast.cli", "serve", "-c", str(self._ini)],
+                self._command(),
                 env=environment | self._variables,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,

@@ -155,8 +155,8 @@ def _doubts(config: Config, origins: Mapping[tuple[str, str], Origin]) -> Iterat
     if config.server.env == "production":
         if not config.auth.api_keys:
             yield (
-                "[auth] api_keys: no key is set, so in production nobody may publish over HTTP or read /stats,"
-                " /metrics and /channels; `tornado-bcast key` makes one"
+                "[auth] api_keys: no key is set, so in production nobody may publish over HTTP or read"
+                " /stats, /metrics and /channels; `tornado-bcast key` makes one"
             )
         yield from _open_doors(config.channels, origins)
 
