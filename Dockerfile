@@ -6,7 +6,8 @@
 ARG BASE=debian:trixie-slim
 
 FROM ${BASE} AS build
-RUN apt-get update && apt-get install -y --no-install-recommends python3-pip python3-setuptools python3-venv
+RUN apt-get update && apt-get install -y --no-install-recommends \
+        gcc libc6-dev python3-dev python3-pip python3-setuptools python3-venv
 WORKDIR /src
 # What changes seldom comes first: the versions and hashes of requirements.lock, which CI tests with.
 COPY requirements.lock ./
