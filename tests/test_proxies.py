@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from broker_kit import asynchronous, until
-from client import Client, http
+from client import Client, eventually, http
 from daemon import ROOT, Daemon
 from proxies import run_haproxy, run_nginx
-from redis_server import RedisServer, free_port, wheel_binary
+from redis_server import RedisServer, binaries, free_port
+from websockets.exceptions import InvalidStatus
 
 from tornado_bcast.config import default_config, load
 from tornado_bcast.daemon import STOP_SECONDS
@@ -32,6 +33,8 @@ INI = """
 [server]
 trusted_proxies = 127.0.0.1
 drain_seconds = 1s
+[redis]
+publish_timeout = 200ms
 [channels]
 persistent = yes
 """
@@ -52,9 +55,11 @@ SHORT = 2.5
 class Site:
     """A proxy with the shipped configuration, but for addresses and paths, and the daemons behind it."""
 
-    def __init__(self, stack: ExitStack, kind: str, place: Path, redis: str) -> None:
-        variables = {"BCAST_REDIS_PREFIX": f"proxies-{kind}", "BCAST_HEARTBEAT_INTERVAL": "500ms"}
-        self.daemons = [stack.enter_context(Daemon(INI, redis=redis, **variables)) for _ in range(2)]
+    def __init__(self, stack: ExitStack, kind: str, place: Path) -> None:
+        self.redis = stack.enter_context(RedisServer(next(iter(binaries().values()))))
+        variables = {"BCAST_REDIS_PREFIX": "proxies", "BCAST_HEARTBEAT_INTERVAL": "500ms"}
+        self.daemons = [stack.enter_context(Daemon(INI, redis=self.redis.url, **variables)) for _ in range(2)]
+        self.has_checks = kind == "haproxy"
         names = {
             f"bcast-{number}:8080": f"127.0.0.1:{daemon.port}"
             for number, daemon in enumerate(self.daemons, 1)
@@ -89,11 +94,9 @@ class Site:
 
 
 @pytest.fixture(scope="module", params=["nginx", "haproxy"])
-def site(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer
-) -> Iterator[Site]:
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with ExitStack() as stack:
-        yield Site(stack, request.param, tmp_path_factory.mktemp("site"), redis_server.url)
+        yield Site(stack, request.param, tmp_path_factory.mktemp("site"))
 
 
 @asynchronous
@@ -157,6 +160,35 @@ async def test_heartbeats_keep_a_silent_connection(site: Site) -> None:
         assert await client.is_alive()
 
 
+@asynchronous
+async def test_while_redis_is_away_nobody_is_disconnected(site: Site) -> None:
+    """Not by 503s either. New clients are let in as well, unless the proxy asks who is ready."""
+    for daemon in site.daemons:
+        daemon.expect("redis_down", "redis_away")
+
+    async def connects() -> bool:
+        try:
+            async with Client(site.ws_url):
+                return True
+        except InvalidStatus as refusal:
+            assert refusal.response.status_code == 503
+            return False
+
+    async with Client(site.ws_url) as one, Client(site.ws_url) as two:
+        await asyncio.to_thread(site.redis.stop)
+        try:
+            for daemon in site.daemons:
+                await until(lambda daemon=daemon: daemon.get("/health/ready")[0] == 503)
+                # Both daemons have refused something through the proxy, so that it may hold it against them.
+                assert (await http(site.url, "GET", "/health")).status == 503
+            await eventually(connects, lambda connected: connected != site.has_checks)
+            assert await one.is_alive() and await two.is_alive()
+        finally:
+            await asyncio.to_thread(site.redis.start)
+        await eventually(connects, bool)
+        assert await one.is_alive() and await two.is_alive()
+
+
 def test_timeouts_are_above_the_heartbeat() -> None:
     heartbeat = default_config().heartbeat
     for text, pattern in (
@@ -210,9 +242,7 @@ async def test_compose_as_it_is_written(tmp_path: Path) -> None:
     (curl,) = re.findall(r"^    (curl .*dev-key.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert curl in (ROOT / "docker-compose.yml").read_text()
     with ExitStack() as stack:
-        binary = wheel_binary()
-        assert binary is not None
-        redis = stack.enter_context(RedisServer(binary, *options))
+        redis = stack.enter_context(RedisServer(next(iter(binaries().values())), *options))
         daemons = [stack.enter_context(Service(name, f"redis://127.0.0.1:{redis.port}")) for name in names]
         ours = {
             f"{name}:8080": f"127.0.0.1:{daemon.port}" for name, daemon in zip(names, daemons, strict=True)
