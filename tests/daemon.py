@@ -95,7 +95,8 @@ class Daemon:
                 stderr=log,
             )
         try:
-            self.url = str(self.wait_for_log("serving")["message"]).split()[1]
+            url = str(self.wait_for_log("serving")["message"]).split()[1]
+            self.url = url.replace("//0.0.0.0:", "//127.0.0.1:")
             # The port stays the same when it is started again.
             self._variables["PORT"] = str(self.port)
             if ready:

@@ -219,7 +219,8 @@ class Service(Daemon):
         super().__init__()
         service = COMPOSE["services"][name]
         assert "command" not in service and "entrypoint" not in service
-        given = variables_of_image() | replaced_in(service["environment"], "redis://redis:6379", redis)
+        given = variables_of_image() | service["environment"]
+        given["REDIS_URL"] = replaced(given["REDIS_URL"], {"redis://redis:6379": redis})
         # Two share a machine here, and the log is read by a program.
         self._variables = given | {"PORT": str(free_port()), "BCAST_LOG_FORMAT": "json"}
         del self._variables["PATH"]
@@ -228,46 +229,51 @@ class Service(Daemon):
         return [sys.executable, "-W", "error", "-m", "tornado_bcast.cli", "serve"]
 
 
-def replaced_in(variables: dict[str, str], old: str, new: str) -> dict[str, str]:
-    return {name: value.replace(old, new) for name, value in variables.items()}
+@pytest.fixture(scope="module")
+def services() -> Iterator[list[Service]]:
+    """Redis with the arguments that stand there, and the daemons."""
+    program, *options = COMPOSE["services"]["redis"]["command"]
+    assert program == "redis-server"
+    with ExitStack() as stack:
+        redis = stack.enter_context(RedisServer(next(iter(binaries().values())), *options))
+        url = redis.url.removesuffix("/0")
+        yield [
+            stack.enter_context(Service(name, url))
+            for name in COMPOSE["services"]
+            if name.startswith("bcast")
+        ]
 
 
 @asynchronous
-async def test_compose_as_it_is_written(tmp_path: Path) -> None:
-    """Redis, two daemons and nginx; README's curl reaches a client of each daemon."""
-    services = COMPOSE["services"]
-    program, *options = services["redis"]["command"]
-    assert program == "redis-server"
-    names = [name for name in services if name.startswith("bcast-")]
+async def test_from_one_daemon_of_compose_to_a_client_of_the_other(services: list[Service]) -> None:
+    one, two = services
+    async with Client(one.ws_url) as client:
+        assert (await client.ask("subscribe", channel="news"))["op"] == "subscribe"
+        body = {"channel": "news", "data": "hello"}
+        assert (await http(two.url, "POST", "/broadcast", body)).status == 401
+        assert (await http(two.url, "POST", "/broadcast", body, {"X-API-Key": "dev-key"})).status == 200
+        assert (await client.message())["data"] == "hello"
+
+
+@asynchronous
+async def test_the_curl_line_of_the_readme(services: list[Service], tmp_path: Path) -> None:
+    """By nginx, as compose has it, to a client that came by nginx."""
+    if shutil.which("curl") is None:
+        pytest.skip("no curl on PATH")
     (curl,) = re.findall(r"^    (curl .*dev-key.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert curl in (ROOT / "docker-compose.yml").read_text()
-    with ExitStack() as stack:
-        redis = stack.enter_context(RedisServer(next(iter(binaries().values())), *options))
-        daemons = [stack.enter_context(Service(name, f"redis://127.0.0.1:{redis.port}")) for name in names]
-        ours = {
-            f"{name}:8080": f"127.0.0.1:{daemon.port}" for name, daemon in zip(names, daemons, strict=True)
-        }
-        port = free_port()
-        ours |= {"listen 80;": f"listen 127.0.0.1:{port};", "/var/log/nginx/": f"{tmp_path}/"}
-        url = stack.enter_context(run_nginx(replaced(NGINX, ours), tmp_path, port))
-        clients = [await Client(daemon.ws_url).__aenter__() for daemon in daemons]
-        try:
-            for client in clients:
-                assert (await client.ask("subscribe", channel="news"))["op"] == "subscribe"
-            if shutil.which("curl") is None:
-                pytest.skip("no curl on PATH")
+    port = free_port()
+    ours = {f"bcast-{number}:8080": f"127.0.0.1:{daemon.port}" for number, daemon in enumerate(services, 1)}
+    ours |= {"listen 80;": f"listen 127.0.0.1:{port};", "/var/log/nginx/": f"{tmp_path}/"}
+    with run_nginx(replaced(NGINX, ours), tmp_path, port) as url:
+        async with Client(url.replace("http", "ws")) as client:
+            assert (await client.ask("subscribe", channel="news"))["op"] == "subscribe"
             command = curl.replace("http://127.0.0.1:8080", url)
             done = await asyncio.to_thread(
                 subprocess.run, ["bash", "-c", command], capture_output=True, text=True, timeout=30
             )
             assert '"results"' in done.stdout, done
-            for client in clients:
-                assert (await client.message())["data"] == "hello"
-            answer = await http(url, "POST", "/broadcast", {"channel": "news", "data": 1})
-            assert answer.status == 401
-        finally:
-            for client in clients:
-                await client.__aexit__()
+            assert (await client.message())["data"] == "hello"
 
 
 def test_what_compose_publishes_and_how_long_it_waits() -> None:

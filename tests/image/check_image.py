@@ -110,8 +110,14 @@ def keyless(root: Path, settings: dict[str, Any], volume: Path) -> Iterator[Cont
 async def test_it_says_so_in_one_line(keyless: Container) -> None:
     lines = [line["message"] for line in keyless.events("configuration")]
     (line,) = [line for line in lines if "no key is set" in line]
+    assert "http://0.0.0.0:" in keyless.wait_for_log("serving")["message"]
     assert (await http(keyless.url, "POST", "/broadcast", {"data": 1})).status == 401
     print(line)
+
+
+def test_it_makes_keys(keyless: Container) -> None:
+    """The command that docs/OPERATIONS.md begins with."""
+    assert keyless.exec(*keyless.command("key", "--name", "first")) == 0
 
 
 def test_it_is_not_root_and_its_root_is_read_only(keyless: Container) -> None:

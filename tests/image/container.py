@@ -12,7 +12,7 @@ import signal
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from builder import variables_of
 from daemon import Daemon
@@ -53,8 +53,11 @@ class Container(Daemon):
         namespaces = ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
         place = [str(self._root), str(self._volume), *self._settings["User"].split(":")]
         variables = [f"{name}={value}" for name, value in self._variables.items()]
-        command = self._settings["Entrypoint"] + self._settings["Cmd"]
-        return [*namespaces, "sh", "-euc", RUN, "sh", *place, *variables, *command]
+        return [*namespaces, "sh", "-euc", RUN, "sh", *place, *variables, *self.command()]
+
+    def command(self, *arguments: str) -> list[str]:
+        """What runs with these arguments, or those of the image."""
+        return [*self._settings["Entrypoint"], *(arguments or self._settings["Cmd"])]
 
     @property
     def pid(self) -> int:
@@ -62,12 +65,6 @@ class Container(Daemon):
         assert self._process is not None
         unshare = self._process.pid
         return int(Path(f"/proc/{unshare}/task/{unshare}/children").read_text())
-
-    def start(self, *, ready: bool = True) -> Self:
-        super().start(ready=ready)
-        assert self.url.startswith("http://0.0.0.0:")
-        self.url = f"http://127.0.0.1:{self.port}"
-        return self
 
     def workers(self) -> list[int]:
         """As they are called outside, in no order."""
