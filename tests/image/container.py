@@ -84,6 +84,7 @@ class Container(Daemon):
             [*entering, "env", "-i", *variables, *command],
             timeout=seconds,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         ).returncode
 
