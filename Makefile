@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run lint test bench conformance
+.PHONY: help run lint test bench conformance image-test
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-# One stamp for each set of packages, made again when the metadata changes.
-$(VENV)/run: pyproject.toml
+# One stamp for each set of packages, made again when the metadata changes. What runs is the versions of
+# requirements.lock, here as in the image.
+$(VENV)/run: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 $(VENV)/test: pyproject.toml $(VENV)/run
@@ -32,3 +34,6 @@ bench: $(VENV)/test ## the benchmark, at most 10 minutes: bench/RESULTS.md (BENC
 
 conformance: $(VENV)/test ## the whole Autobahn TestSuite, about 13 minutes; installs it where Python 2.7 is
 	$(BIN)/python tests/autobahn.py
+
+image-test: $(VENV)/test ## build the Dockerfile with buildah and run the image: needs root, buildah and debootstrap
+	@$(BIN)/pytest -n 0 -v -rP tests/image/check_image.py

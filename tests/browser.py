@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
+from programs import chromium
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
@@ -41,18 +41,6 @@ _FLAGS = (
     "--remote-debugging-port=0",
 )
 _START_SECONDS = 60.0
-
-
-def chromium() -> str:
-    """The path of a Chromium. Without one the test is skipped, but under CI it fails."""
-    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
-        path = shutil.which(name)
-        if path:
-            return path
-    reason = "no Chromium on PATH: the page was NOT tested (Debian: apt-get install chromium)"
-    if os.environ.get("CI", "").lower() in ("1", "true"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 class BrowserError(Exception):

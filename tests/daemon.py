@@ -91,12 +91,15 @@ class Daemon:
         assert self._process is not None
         return self._process.pid
 
+    def _command(self) -> list[str]:
+        return [sys.executable, "-W", "error", *self._program, "serve", "-c", str(self._ini)]
+
     def start(self, *, ready: bool = True) -> Self:
         """Run it until it serves; with `ready`, until `/health/ready` says so."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_OWN)}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "error", *self._program, "serve", "-c", str(self._ini)],
+                self._command(),
                 env=environment | self._variables,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
@@ -104,7 +107,8 @@ class Daemon:
                 stderr=log,
             )
         try:
-            self.url = str(self.wait_for_log("serving")["message"]).split()[1]
+            url = str(self.wait_for_log("serving")["message"]).split()[1]
+            self.url = url.replace("//0.0.0.0:", "//127.0.0.1:")
             # The port stays the same when it is started again.
             self._variables["PORT"] = str(self.port)
             if ready:

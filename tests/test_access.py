@@ -4,9 +4,7 @@ import asyncio
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +22,8 @@ from broker_kit import asynchronous
 from browser import Browser
 from client import Answer, Client, eventually, handshake, http, raw_http
 from daemon import ROOT, Daemon, until
-from redis_server import RedisServer
+from proxies import run_nginx
+from redis_server import RedisServer, free_port
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
@@ -485,53 +484,23 @@ async def test_what_is_not_plainly_local() -> None:
 # Behind a proxy
 
 
-def nginx() -> str:
-    """The path of nginx. Without one the test is skipped, but under CI it fails."""
-    path = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-    if path is None:
-        reason = "no nginx: what it lets through was NOT tested (Debian: apt-get install nginx-light)"
-        if os.environ.get("CI", "").lower() in ("1", "true"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 @contextmanager
 def proxy(daemon: Daemon, place: Path, headers: str = "") -> Iterator[str]:
-    """Debian's nginx in front of the daemon; `headers` are lines of its `location`."""
+    """nginx in front of the daemon; `headers` are lines of its `location`. Its URL."""
     port = free_port()
-    (place / "nginx.conf").write_text(f"""
-daemon off; worker_processes 1; pid {place}/pid; error_log stderr error;
+    text = f"""
+worker_processes 1;
 events {{}}
 http {{
-  access_log off; client_body_temp_path {place}/b; proxy_temp_path {place}/p; fastcgi_temp_path {place}/f;
-  uwsgi_temp_path {place}/u; scgi_temp_path {place}/s;
+  access_log off;
   server {{
     listen 127.0.0.1:{port};
     location / {{ proxy_pass {daemon.url}; {headers} }}
   }}
 }}
-""")
-    process = subprocess.Popen([nginx(), "-p", str(place), "-c", str(place / "nginx.conf")])
-    url = f"http://127.0.0.1:{port}"
-    try:
-        until(lambda: _answers(port))
+"""
+    with run_nginx(text, place, port) as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def _answers(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 @asynchronous
@@ -541,6 +510,8 @@ async def test_a_bare_proxy_pass_opens_nothing_in_production(tmp_path: Path) -> 
         Daemon("[channels]\npublish = server\n", BCAST_ENV="production") as daemon,
         proxy(daemon, tmp_path) as url,
     ):
+        # It warns that no key is set.
+        daemon.expect("configuration")
         for path in READ[:3]:
             assert code(await http(url, "GET", path)) == (401, "unauthorized")
         assert code(await http(url, "POST", "/broadcast", one)) == (401, "unauthorized")

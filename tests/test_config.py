@@ -21,6 +21,9 @@ from tornado_bcast.values import Given, masked
 
 ROOT = Path(__file__).parent.parent
 
+# Production as it should be, but for what a test adds: it has a key.
+PRODUCTION = f"[server]\nenv = production\n[auth]\napi_keys = {'0' * 64}\n"
+
 # Made for these tests, valid for 100 years, and of use for nothing else.
 CERTIFICATE = """-----BEGIN CERTIFICATE-----
 MIIBgDCCASWgAwIBAgIUG2xfx3McL25HpH7yQEOrNA5OHVowCgYIKoZIzj0EAwIw
@@ -599,21 +602,32 @@ class TestRules:
             ("b", True),
         ]
 
+    def test_production_warns_when_no_key_is_set(self, file: Path) -> None:
+        text = "[server]\nenv = production\n[channels]\npublish = server\n"
+        (warning,) = read(file, text).warnings
+        assert warning.startswith(
+            "[auth] api_keys: no key is set, so in production nobody may publish over HTTP"
+        )
+        assert read(file, text.replace("production", "development")).warnings == ()
+        # A key of tokens opens none of these.
+        assert read(file, f"{text}[auth]\njwt_secret = {'s' * 32}\n").warnings == (warning,)
+        assert read(file, f"{text}[auth]\napi_keys = {'0' * 64}\n").warnings == ()
+
     def test_production_warns_of_open_doors(self, file: Path) -> None:
-        text = "[server]\nenv = production\n[channel a]\npublish = anyone\n[channel b]\npublish = server\n"
+        text = PRODUCTION + "[channel a]\npublish = anyone\n[channel b]\npublish = server\n"
         text += "[channel c]\n"
         why = "in production, anyone may publish there"
         assert read(file, text).warnings == (
-            f"[channel a] publish = anyone (from: file {file}:4): {why}",
+            f"[channel a] publish = anyone (from: file {file}:6): {why}",
             f"[channel c] publish = anyone (from: default): {why}",
             f"[channels] publish = anyone (from: default): {why}",
         )
-        text = "[server]\nenv = production\n[channels]\npublish = server\npublish_all = anyone\n"
-        assert read(file, text).warnings == (f"[channels] publish_all = anyone (from: file {file}:5): {why}",)
+        text = PRODUCTION + "[channels]\npublish = server\npublish_all = anyone\n"
+        assert read(file, text).warnings == (f"[channels] publish_all = anyone (from: file {file}:7): {why}",)
         assert read(file, text.replace("production", "development")).warnings == ()
 
     def test_rules_that_never_count(self, file: Path) -> None:
-        text = "[server]\nenv = production\n[channel **]\npublish = server\n[channel a]\npublish = anyone\n"
+        text = PRODUCTION + "[channel **]\npublish = server\n[channel a]\npublish = anyone\n"
         assert read(file, text).warnings == ("[channel a] never counts: [channel **] matches first",)
 
 

@@ -381,7 +381,7 @@ async def test_a_full_house() -> None:
 @asynchronous
 async def test_production() -> None:
     with Daemon(BCAST_ENV="production") as daemon:
-        # It warns of channels to which anyone may publish.
+        # It warns that no key is set, and of channels to which anyone may publish.
         daemon.expect("configuration")
         await try_cases(daemon, PRODUCTION_CASES)
 

@@ -9,12 +9,15 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import distributions
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, ClassVar, cast, get_args
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tornado.web import RequestHandler
 
 from tornado_bcast import __version__
@@ -326,6 +329,32 @@ class TestPages:
         names = {re.split(r"[^\w-]", one)[0] for one in needed}
         page = (ROOT / "docs/DEPENDENCIES.md").read_text()
         assert not [name for name in names if f"`{name}`" not in page]
+
+
+class TestLock:
+    """requirements.lock, which the image and CI install."""
+
+    PINS: ClassVar[dict[str, str]] = dict(
+        re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    )
+
+    def test_it_has_every_dependency_within_its_bounds(self) -> None:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        for requirement in map(Requirement, project["dependencies"]):
+            pin = self.PINS[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(pin), (
+                f"{requirement}: make the lock anew (docs/DEPENDENCIES.md)"
+            )
+
+    def test_the_tests_run_with_it(self) -> None:
+        """But for what this Python or this machine does not need."""
+        installed = {canonicalize_name(one.name): one.version for one in distributions()}
+        assert {name: installed.get(name, pin) for name, pin in self.PINS.items()} == self.PINS
+
+    def test_the_dockerfile_uses_it(self) -> None:
+        text = (ROOT / "Dockerfile").read_text()
+        assert "--require-hashes --only-binary :all: -r requirements.lock" in text
+        assert "!requirements.lock" in (ROOT / ".dockerignore").read_text().splitlines()
 
 
 def anchors(text: str) -> Iterator[str]:

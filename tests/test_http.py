@@ -46,6 +46,8 @@ def daemon(two_workers: Daemon) -> Iterator[Daemon]:
 @pytest.fixture(scope="module")
 def production_daemon() -> Iterator[Daemon]:
     with Daemon(PRODUCTION) as daemon:
+        # It warns that no key is set.
+        daemon.expect("configuration")
         yield daemon
 
 
@@ -695,7 +697,9 @@ async def test_metrics(daemon: Daemon) -> None:
         "bcast_redis_roundtrip_seconds",
         "bcast_worker_restarts",
         "bcast_event_loop_lag_seconds",
+        "bcast_connections_limit",
     }
+    assert total(families, "bcast_connections_limit") > 0
     assert {sample.labels["via"] for sample in families["bcast_published"].samples} == {"ws", "http"}
     assert [sample.value for sample in families["bcast_redis_up"].samples] == [1, 1], "of both workers"
     assert families["bcast_delivery_lag_seconds"].type == "histogram"

@@ -75,16 +75,16 @@ def test_the_summary_adds_up_and_keeps_the_rows() -> None:
 def test_no_worker_at_all() -> None:
     body = summary([], channels=0, version="1", uptime=0)
     assert body["totals"]["connections"] == 0 and body["workers"] == []
-    assert exposition([], 0)
+    assert exposition([], 0, 1)
 
 
 def families(rows: list[dict[str, Any]], restarts: int = 0) -> dict[str, Any]:
-    text = exposition(rows, restarts).decode()
+    text = exposition(rows, restarts, 1000).decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
 
 
 def test_the_names_of_the_contract() -> None:
-    text = exposition([row(0), row(1)], 2).decode()
+    text = exposition([row(0), row(1)], 2, 1000).decode()
     samples = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if not line.startswith("#")}
     assert samples == {
         "bcast_connections",
@@ -100,6 +100,7 @@ def test_the_names_of_the_contract() -> None:
         "bcast_redis_roundtrip_seconds",
         "bcast_worker_restarts_total",
         "bcast_event_loop_lag_seconds",
+        "bcast_connections_limit",
     }
     found = families([row(0), row(1)], 2)
     assert {sample.labels["via"] for sample in found["bcast_published"].samples} == {"ws", "http"}
@@ -109,6 +110,10 @@ def test_the_names_of_the_contract() -> None:
     }
     assert [sample.value for sample in found["bcast_worker_restarts"].samples] == [2]
     assert [sample.value for sample in found["bcast_connections"].samples] == [2, 3]
+    # One for the node: its workers share it.
+    assert [(sample.labels, sample.value) for sample in found["bcast_connections_limit"].samples] == [
+        ({}, 1000)
+    ]
 
 
 def test_the_histogram_is_cumulative() -> None:

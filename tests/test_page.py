@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, Page, chromium
+from browser import Browser, Page
 from daemon import Daemon
+from programs import chromium
 
 
 @pytest.fixture(scope="module")

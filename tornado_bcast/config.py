@@ -153,6 +153,11 @@ def _doubts(config: Config, origins: Mapping[tuple[str, str], Origin]) -> Iterat
     for rule in rules[reached:]:
         yield f"[channel {rule.pattern}] never counts: [channel {rules[reached - 1].pattern}] matches first"
     if config.server.env == "production":
+        if not config.auth.api_keys:
+            yield (
+                "[auth] api_keys: no key is set, so in production nobody may publish over HTTP or read"
+                " /stats, /metrics and /channels; `tornado-bcast key` makes one"
+            )
         yield from _open_doors(config.channels, origins)
 
 

@@ -117,9 +117,10 @@ def summary(rows: Iterable[Row], *, channels: int, version: str, uptime: float) 
 
 
 class _Rows(Collector):
-    def __init__(self, rows: list[Row], restarts: int) -> None:
+    def __init__(self, rows: list[Row], restarts: int, capacity: int) -> None:
         self._rows = rows
         self._restarts = restarts
+        self._capacity = capacity
 
     def collect(self) -> Iterable[Any]:
         for name, key, text in (
@@ -160,9 +161,11 @@ class _Rows(Collector):
         for row in self._rows:
             lag.add_metric([str(row["worker"])], _cumulative(row["lags"]), row["lagSum"])
         yield lag
-        restarts = CounterMetricFamily("bcast_worker_restarts", "Workers that were replaced on this node.")
+        restarts = CounterMetricFamily("bcast_worker_restarts", "Workers of this node that died.")
         restarts.add_metric([], self._restarts)
         yield restarts
+        text = "How many connections this node takes over all its workers."
+        yield GaugeMetricFamily("bcast_connections_limit", text, value=self._capacity)
 
 
 def _cumulative(lags: list[int]) -> list[tuple[str, float]]:
@@ -174,8 +177,8 @@ def _cumulative(lags: list[int]) -> list[tuple[str, float]]:
     return buckets
 
 
-def exposition(rows: Iterable[Mapping[str, Any]], restarts: int) -> bytes:
+def exposition(rows: Iterable[Mapping[str, Any]], restarts: int, capacity: int) -> bytes:
     """The body of `/metrics`: the workers of this node, in Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Rows([dict(row) for row in rows], restarts))
+    registry.register(_Rows([dict(row) for row in rows], restarts, capacity))
     return generate_latest(registry)

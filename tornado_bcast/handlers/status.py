@@ -104,8 +104,9 @@ class MetricsHandler(OperatorHandler):
     """`/metrics`: the workers of this node, for Prometheus."""
 
     def get(self) -> None:
+        context = self.context
         self.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-        self.finish(exposition(self.context.local_rows(), self.context.board.restarts()))
+        self.finish(exposition(context.local_rows(), context.board.restarts(), context.capacity))
 
 
 class ChannelsHandler(OperatorHandler):
