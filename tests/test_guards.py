@@ -31,6 +31,7 @@ PACKAGE = ROOT / "tornado_bcast"
 LAYERS = """
 cli
 daemon tail
+watch
 worker application
 handlers
 handlers.websocket handlers.broadcast handlers.status
@@ -54,6 +55,7 @@ config
 reading cores
 settings ini keys
 addresses
+systemd
 values errors logs direct
 __init__
 """

@@ -2,9 +2,9 @@
 
     python tests/tiny_daemon.py '{"server": {"workers": "2", "port": "0"}}' DIRECTORY
 
-The first argument has the keys that differ from the defaults, and under `constants` names of daemon.py with
-other values. Files in DIRECTORY make new workers misbehave: `slow` (they take as many seconds to start as
-stand in it), `crash` (they die at once).
+The first argument has the keys that differ from the defaults, and under `constants` names of daemon.py and
+watch.py with other values. Files in DIRECTORY make new workers misbehave: `slow` (they take as many seconds
+to start as stand in it), `crash` (they die at once).
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from pathlib import Path
 from tornado.web import Application, RequestHandler
 from tornado.websocket import WebSocketHandler
 
-from tornado_bcast import daemon, logs, worker
+from tornado_bcast import daemon, logs, watch, worker
 from tornado_bcast.board import Board
 from tornado_bcast.config import Config, default_config
 
@@ -91,8 +91,8 @@ def main() -> int:
     logging.getLogger("tornado_bcast").info("hello", extra={"event": "hello"})
     sections = json.loads(sys.argv[1])
     for name, value in sections.pop("constants", {}).items():
-        assert hasattr(daemon, name)
-        setattr(daemon, name, value)
+        (module,) = [module for module in (daemon, watch) if hasattr(module, name)]
+        setattr(module, name, value)
     config = default_config(**sections)
     return daemon.run(config, serve=functools.partial(serve, Path(sys.argv[2])))
 

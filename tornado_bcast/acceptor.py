@@ -20,6 +20,7 @@ from typing import Any
 
 from .board import Board
 from .errors import ConfigError
+from .systemd import inherited_sockets
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,6 @@ RETRY_SECONDS = 0.25
 # "Out of descriptors" is said at most this often (seconds).
 SAY_AGAIN_SECONDS = 60.0
 
-# The first descriptor that systemd hands over (SD_LISTEN_FDS_START).
-_LISTEN_FDS_START = 3
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # The connection in question is broken, the next may be well (accept(2), "Error handling").
 _BROKEN = (
@@ -58,12 +57,20 @@ def listening_sockets(
     bind: str, port: int, environ: MutableMapping[str, str] = os.environ
 ) -> list[socket.socket]:
     """The sockets that systemd hands over, if it does, else new ones on all addresses of `bind`."""
-    sockets = _inherited_sockets(environ)
+    sockets = inherited_sockets(environ)
+    if sockets:
+        logger.info(
+            "systemd has handed over %d sockets; [server] bind and port are not used",
+            len(sockets),
+            extra={"event": "socket_activation"},
+        )
     try:
         sockets = sockets or _bind(bind, port)
     except OSError as error:
         raise ConfigError([_cannot_listen(bind, port, error)]) from error
     for sock in sockets:
+        # For a socket that listens already this changes the length of its queue (listen(2)).
+        sock.listen(BACKLOG)
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             # Accepted sockets inherit it: frames go out when they are written.
@@ -113,22 +120,6 @@ def _cannot_listen(bind: str, port: int, error: OSError) -> str:
 
 def place(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """By the protocol of sd_listen_fds(3). The variables are taken away, they are not for children."""
-    pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
-    environ.pop("LISTEN_FDNAMES", None)
-    if pid != str(os.getpid()) or not count.isdecimal():
-        return []
-    sockets = []
-    for fd in range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)):
-        os.set_inheritable(fd, False)
-        sock = socket.socket(fileno=fd)
-        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise ConfigError([f"descriptor {fd} from systemd does not listen: the unit needs Accept=no"])
-        sockets.append(sock)
-    return sockets
 
 
 class Acceptor:
