@@ -32,10 +32,12 @@ LAYERS = """
 cli
 daemon tail
 watch
-worker application
+application
+worker
 handlers
 handlers.websocket handlers.broadcast handlers.status
 handlers.connection
+handlers.outgoing
 handlers.subscriptions handlers.wire
 handlers.base
 node keeper
@@ -50,7 +52,7 @@ brokers hub acceptor client forks eventloop
 sink delivery protocol metrics heartbeat board
 stream
 auth reload
-rules wheel frames
+rules wheel frames farewell
 config
 reading cores
 settings ini keys
@@ -63,7 +65,7 @@ __init__
 # In C, with a stand-in in Python.
 EXTENSIONS = {"_direct"}
 # No sockets, no clock, no loop: these are fed, and asked.
-SANS_IO = "protocol rules session delivery hub topic frames wheel heartbeat metrics errors".split()
+SANS_IO = "protocol rules session delivery hub topic frames wheel heartbeat metrics errors farewell".split()
 IO = {"asyncio", "tornado", "redis", "socket", "ssl", "time", "threading", "select", "selectors"}
 
 

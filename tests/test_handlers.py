@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from broker_kit import until
-from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPResponse
+from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
 from tornado.web import Application
@@ -40,7 +40,7 @@ def inside(io_loop: IOLoop) -> Iterator[Inside]:
 
     made = io_loop.run_sync(make)
     yield made
-    io_loop.run_sync(lambda: made.close(1.0))
+    io_loop.run_sync(made.close)
 
 
 @pytest.fixture
@@ -199,22 +199,22 @@ async def test_an_error_of_ours_in_a_command(
 async def test_a_worker_that_drains(
     connect: Connect, http_client: AsyncHTTPClient, base_url: str, inside: Inside
 ) -> None:
-    """A load balancer sees it, and who comes all the same is served until the worker closes."""
+    """A load balancer sees it, and who comes all the same is served until the clients are sent away."""
     inside.board.state = State.DRAINING
     for path, status in (("/health", 503), ("/health/ready", 503), ("/health/live", 200)):
         answer = await fetch(http_client, base_url + path)
         assert answer.code == status, path
     body = json.loads((await fetch(http_client, base_url + "/health")).body)
     assert body["status"] == "draining"
-    assert (await fetch(http_client, base_url + "/broadcast", {"channel": "a", "data": 1})).code == 200
+    answer = await fetch(http_client, base_url + "/broadcast", {"channel": "a", "data": 1})
+    assert (answer.code, answer.headers["Connection"]) == (200, "close")
     socket = await connect()
-    inside.closing = True
-    with pytest.raises(HTTPClientError) as caught:
-        await connect()
-    assert caught.value.code == 503
-    inside.closing = False
-    inside.board.state = State.SERVING
     assert (await socket.ask(type="subscribe", channel="a"))["type"] == "ack"
+    await inside.send_away(0.0, 1.0)
+    assert (await socket.closed())[0] == 1012
+    # One whose request was on its way.
+    socket = await connect()
+    assert (await socket.closed())[0] == 1012
 
 
 @pytest.mark.gen_test
@@ -259,7 +259,7 @@ async def test_closing_says_goodbye(
     connect: Connect, http_client: AsyncHTTPClient, base_url: str, inside: Inside
 ) -> None:
     sockets = [await connect() for _ in range(4)]
-    IOLoop.current().spawn_callback(inside.close, 2.0)
+    IOLoop.current().spawn_callback(inside.send_away, 0.0, 2.0)
     reasons = []
     for socket in sockets:
         code, reason = await socket.closed()

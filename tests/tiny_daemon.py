@@ -61,9 +61,7 @@ class Echo(WebSocketHandler):
         self.settings["clients"].discard(self)
 
 
-async def make_application(
-    directory: Path, config: Config, board: Board, index: int
-) -> tuple[Application, worker.Close, worker.Configure]:
+async def make_application(directory: Path, config: Config, board: Board, index: int) -> worker.Handles:
     if (directory / "crash").exists():
         os._exit(9)
     if (directory / "slow").exists():
@@ -74,11 +72,14 @@ async def make_application(
         routes, board=board, clients=clients, redis_url=config.redis.url, log_function=lambda handler: None
     )
 
-    async def close(seconds: float) -> None:
+    async def send_away(over: float, back: float) -> None:
         for client in list(clients):
             client.close(1012)
 
-    return application, close, lambda config: None
+    async def close() -> None:
+        pass
+
+    return worker.Handles(application, lambda config: None, send_away, close)
 
 
 def serve(directory: Path, config: Config, sockets: list[socket.socket], board: Board, index: int) -> int:
