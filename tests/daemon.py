@@ -213,6 +213,12 @@ class Daemon:
             process.kill()
             process.wait()
 
+    def wait(self, seconds: float = 15) -> int:
+        """Wait for the end that was asked for by a signal; its exit code."""
+        assert self._process is not None
+        process, self._process = self._process, None
+        return process.wait(seconds)
+
     def kill(self) -> None:
         """End it as a crash would; the kernel takes its children with it."""
         if self._process is not None:
