@@ -12,6 +12,7 @@ happen is written into `wrong`; when things happened into the lists beside it.
 
 import asyncio
 import json
+import os
 import random
 import resource
 import time
@@ -49,6 +50,7 @@ class Member(asyncio.Protocol):
     async def connect(self) -> None:
         crowd = self._crowd
         self._buffer, self._open, self._wait = b"", False, None
+        crowd.arrivals.append(time.monotonic())
         try:
             await asyncio.get_running_loop().create_connection(lambda: self, *crowd.address)
         except OSError:
@@ -109,7 +111,6 @@ class Member(asyncio.Protocol):
         match event:
             case {"type": "ack", "op": "connect"}:
                 self._failures = 0
-                crowd.arrivals.append(time.monotonic())
                 if self.session is not None and not event["resumed"]:
                     crowd.wrong.append("a session was not resumed")
                 self.session = event["session"]
@@ -192,7 +193,7 @@ class Crowd:
         self.over = False
         self.wrong: list[str] = []
         self.counts: Counter[str] = Counter()
-        # When somebody was connected; when somebody was told to leave, and to come back after how long.
+        # When somebody came; when somebody was told to leave, and to come back after how long.
         self.arrivals: list[float] = []
         self.goodbyes: list[tuple[float, float]] = []
         # Ids of messages that were acknowledged to their publishers.
@@ -201,6 +202,19 @@ class Crowd:
         self.waits: list[float] = []
         self.answers: list[float] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        # How late (seconds) this loop itself was at most.
+        self._lag = 0.0
+
+    @property
+    def is_starved(self) -> bool:
+        """Whether so much else runs on this machine that times say nothing about the server."""
+        return self._lag > 0.25 or os.getloadavg()[0] > 3 * (os.cpu_count() or 1)
+
+    async def _watch_ourselves(self) -> None:
+        while not self.over:
+            begun = time.monotonic()
+            await asyncio.sleep(0.02)
+            self._lag = max(self._lag, time.monotonic() - begun - 0.02)
 
     def later(self, seconds: float, member: Member) -> None:
         def connect() -> None:
@@ -226,10 +240,12 @@ class Crowd:
         for number, member in enumerate(self.members):
             self.later(number / 800, member)
         await self.all_here(30 + len(self.members) / 800)
+        self._watching = asyncio.create_task(self._watch_ourselves())
         return self
 
     async def __aexit__(self, *error: object) -> None:
         self.over = True
+        await self._watching
         for member in self.members:
             member.close()
         for task in list(self._tasks):
@@ -345,5 +361,5 @@ class Crowd:
             f"{title}: {len(self.members)} clients, busiest second {self.busiest_second(since)} returns, "
             f"worst wait of {len(self.waits)} new connections {max(self.waits, default=0) * 1000:.0f} ms, "
             f"worst of {len(self.answers)} HTTP answers {max(self.answers, default=0) * 1000:.0f} ms, "
-            f"{len(self.acked)} acknowledged, {dict(self.counts)}"
+            f"{len(self.acked)} acknowledged, our own lag {self._lag * 1000:.0f} ms, {dict(self.counts)}"
         )

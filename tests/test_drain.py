@@ -19,10 +19,11 @@ async def in_a_thread(function, *arguments):  # type: ignore[no-untyped-def]
     return await asyncio.to_thread(function, *arguments)
 
 
-@pytest.mark.parametrize("workers", [2, 1])
+@pytest.mark.parametrize(("workers", "seconds"), [(2, 8), (1, 6)])
 @asynchronous
-async def test_a_reload_loses_nothing_and_nobody_waits(redis_server: RedisServer, workers: int) -> None:
-    seconds = 6
+async def test_a_reload_loses_nothing_and_nobody_waits(
+    redis_server: RedisServer, workers: int, seconds: int
+) -> None:
     with Daemon(INI.format(seconds), workers=workers, redis=redis_server.url) as daemon:
         async with Crowd(daemon.url, CLIENTS, channels=100) as crowd:
             async with crowd.publishing(100), crowd.probing():
@@ -37,18 +38,19 @@ async def test_a_reload_loses_nothing_and_nobody_waits(redis_server: RedisServer
         assert not crowd.wrong, crowd.wrong[:5]
         assert not set(crowd.counts) - {"received", "received again"}, "nobody was refused or cut off"
         assert len(crowd.goodbyes) >= CLIENTS
+        assert len(daemon.events("worker_left")) == workers and not daemon.events("worker_killed")
+        if crowd.is_starved:
+            pytest.skip("the times are NOT checked: this machine had no time for its own clients")
         assert crowd.busiest_second(begun) <= 1.5 / seconds * CLIENTS
         assert max(crowd.waits) < 1 and max(crowd.answers) < 1
-        assert len(daemon.events("worker_left")) == workers and not daemon.events("worker_killed")
 
 
-@pytest.mark.parametrize("workers", [2])
 @asynchronous
-async def test_a_stop_is_quick_and_the_return_is_spread(redis_server: RedisServer, workers: int) -> None:
+async def test_a_stop_is_quick_and_the_return_is_spread(redis_server: RedisServer) -> None:
     """`drain_delay` first, in which all goes on; then a few seconds for everything, and a restart."""
     delay, seconds = 2, 6
     ini = INI.format(seconds).replace("[channel", f"drain_delay = {delay}s\n[channel", 1)
-    with Daemon(ini, workers=workers, redis=redis_server.url) as daemon:
+    with Daemon(ini, workers=2, redis=redis_server.url) as daemon:
         async with Crowd(daemon.url, CLIENTS, channels=100) as crowd:
             async with crowd.publishing(100):
                 await asyncio.sleep(1)
@@ -70,15 +72,16 @@ async def test_a_stop_is_quick_and_the_return_is_spread(redis_server: RedisServe
         waits = [wait for _, wait in crowd.goodbyes]
         crowd.report(f"stopped in {took:.1f} s, told within {max(told):.1f} s, back in {back:.1f} s", started)
         assert not crowd.wrong, crowd.wrong[:5]
-        assert len(told) == CLIENTS and -0.1 < min(told) and max(told) < 2
-        assert took < 5
+        assert len(told) == CLIENTS and -0.1 < min(told)
         # Whoever heeds it is back in time, and nobody comes in a crowd.
         assert 0.9 * seconds < max(waits) <= seconds and len(set(waits)) > CLIENTS / 2
         assert (
             max(sum(low <= wait < low + 1 for wait in waits) for low in range(seconds))
             < CLIENTS * 1.2 / seconds
         )
-        assert back < seconds + 3
+        if crowd.is_starved:
+            pytest.skip("the times are NOT checked: this machine had no time for its own clients")
+        assert max(told) < 2 and took < 5 and back < seconds + 3
 
 
 def draining(daemon: Daemon) -> tuple[int, dict[str, str]] | None:
