@@ -61,6 +61,8 @@ class Daemon:
         self._expected: set[str] = set()
         self._checked = 0
         self._process: subprocess.Popen[bytes] | None = None
+        # A program, with its arguments, that runs the daemon.
+        self._wrapper: tuple[str, ...] = ()
         # As they were when last asked for.
         self._workers: list[int] = []
         # http://127.0.0.1:PORT, or https:.
@@ -79,12 +81,29 @@ class Daemon:
         assert self._process is not None
         return self._process.pid
 
+    def wrap(self, *command: str) -> Self:
+        """Have this command start it, as `prlimit --nofile=100` or `sh -c` do."""
+        self._wrapper = command
+        return self
+
     def start(self, *, ready: bool = True) -> Self:
         """Run it until it serves; with `ready`, until `/health/ready` says so."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_OWN)}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "error", "-m", "tornado_bcast.cli", "serve", "-c", str(self._ini)],
+                [
+                    *self._wrapper,
+                    *(
+                        sys.executable,
+                        "-W",
+                        "error",
+                        "-m",
+                        "tornado_bcast.cli",
+                        "serve",
+                        "-c",
+                        str(self._ini),
+                    ),
+                ],
                 env=environment | self._variables,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,

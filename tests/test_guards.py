@@ -58,7 +58,7 @@ reading cores
 settings ini keys
 addresses
 systemd
-values errors logs direct
+values errors logs direct capacity
 __init__
 """
 

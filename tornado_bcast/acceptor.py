@@ -134,8 +134,11 @@ class Acceptor:
         sockets: Sequence[socket.socket],
         board: Board,
         on_connection: Callable[[socket.socket, Any], None],
+        most: int,
     ) -> None:
         self._sockets = list(sockets)
+        # How many connections this worker may have, so that some descriptors stay for other things.
+        self._most = most
         self._board = board
         self._on_connection = on_connection
         self._loop = asyncio.get_running_loop()
@@ -143,7 +146,9 @@ class Acceptor:
         self._watching = False
         # Runs `_look` or `_retry`; None while the sockets are watched, while paused and after `close`.
         self._timer: asyncio.TimerHandle | None = None
+        # When it was last said that none are taken, and whether that still holds.
         self._said_exhausted = -SAY_AGAIN_SECONDS
+        self._complained = False
 
     def resume(self) -> None:
         """Begin, or go on after `pause`."""
@@ -197,6 +202,11 @@ class Acceptor:
         for _ in range(min(BATCH, self._room())):
             if not self._watching:
                 return  # Paused by what a connection brought about.
+            if self._board.own_connections >= self._most:
+                self._back_off(
+                    "this worker has as many connections as it has descriptors for", exhausted=True
+                )
+                return
             try:
                 connection, address = listener.accept()
             except BlockingIOError:
@@ -204,8 +214,11 @@ class Acceptor:
             except OSError as error:
                 if error.errno in _BROKEN:
                     continue
-                self._back_off(error)
+                self._back_off(error.strerror or str(error), exhausted=error.errno in _EXHAUSTED)
                 return
+            if self._complained:
+                self._complained = False
+                logger.info("connections are taken again", extra={"event": "accept_resumed"})
             try:
                 self._on_connection(connection, address)
             except Exception:
@@ -215,23 +228,18 @@ class Acceptor:
             self._unwatch()
             self._look()
 
-    def _back_off(self, error: OSError) -> None:
+    def _back_off(self, reason: str, *, exhausted: bool) -> None:
         """Leave the queue to the others for a moment; closed connections may free what is missing."""
         self.pause()
         self._timer = self._loop.call_later(RETRY_SECONDS, self._retry)
         now = self._loop.time()
-        if now - self._said_exhausted < SAY_AGAIN_SECONDS:
+        if self._complained or now - self._said_exhausted < SAY_AGAIN_SECONDS:
             return
-        self._said_exhausted = now
-        hint = ""
-        if error.errno in _EXHAUSTED:
-            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            hint = f"; this process may have {limit} descriptors (ulimit -n, LimitNOFILE=)"
+        self._complained, self._said_exhausted = True, now
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        hint = f"; this process may have {limit} descriptors (ulimit -n, LimitNOFILE=)" if exhausted else ""
         logger.error(
-            "no connections are taken for a moment: %s%s",
-            error.strerror or error,
-            hint,
-            extra={"event": "accept_paused"},
+            "no connections are taken for a moment: %s%s", reason, hint, extra={"event": "accept_paused"}
         )
 
     def _retry(self) -> None:

@@ -7,7 +7,6 @@ is the context that the handlers see.
 import asyncio
 import json
 import logging
-import resource
 import time
 from collections.abc import Coroutine
 from typing import Any
@@ -17,6 +16,7 @@ from .board import Board, State
 from .brokers import Broker
 from .brokers.memory import MemoryBroker
 from .brokers.redis import RedisBroker
+from .capacity import most_clients
 from .config import Config
 from .errors import CloseCode
 from .eventloop import until_tick
@@ -49,8 +49,6 @@ _SAVE_SECONDS = 0.5
 
 # Connections that are looked at in one turn of the loop after a reload.
 _AT_ONCE = 200
-# Descriptors of a worker that are not for clients: Redis, the log, the loop, files, HTTP that comes and goes.
-_RESERVED_DESCRIPTORS = 100
 
 
 def make_broker(config: Config) -> Broker:
@@ -63,12 +61,6 @@ def make_broker(config: Config) -> Broker:
         publish_timeout=config.redis.publish_timeout,
         wait_replicas=config.redis.wait_replicas,
     )
-
-
-def _descriptors_for_clients() -> int:
-    """How many WebSocket connections the descriptors of one worker allow."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return max(limit - _RESERVED_DESCRIPTORS, limit // 2)
 
 
 async def make_application(config: Config, board: Board, index: int) -> Handles:
@@ -88,7 +80,8 @@ class Inside:
         self.heartbeat: Heartbeat[Connection] = Heartbeat(config.heartbeat.interval, config.heartbeat.timeout)
         self.expiries: Wheel[Connection] = Wheel(TICK)
         self.refusals = RefusalLog(logging.getLogger("tornado_bcast.refusals"))
-        self.capacity = config.server.max_connections or board.workers * _descriptors_for_clients()
+        self.own_capacity = most_clients()
+        self.capacity = config.server.max_connections or board.workers * self.own_capacity
         self.started = time.monotonic()
         self.configure(config)
         self.node = Node(

@@ -23,7 +23,6 @@ import gc
 import logging
 import os
 import pickle
-import resource
 import signal
 import socket
 import sys
@@ -39,6 +38,7 @@ from .acceptor import listening_sockets, place
 from .board import Board, State
 from .brokers.embedded import EmbeddedServer, die_with_parent
 from .brokers.redis import check_server
+from .capacity import measure, raise_descriptors
 from .config import Config
 from .errors import ConfigError
 from .forks import ForkLog, pause
@@ -110,8 +110,10 @@ class _Parent:
 
     def run(self) -> int:
         server = self._config.server
-        _raise_descriptors()
+        raise_descriptors()
         self._sockets = listening_sockets(server.bind, server.port)
+        capacity = measure(server.workers, server.max_connections)
+        logger.info("%s", capacity.sentence(), extra={"event": "capacity"})
         handlers = {
             signal.SIGTERM: self._on_stop,
             signal.SIGINT: self._on_stop,
@@ -361,11 +363,3 @@ class _Parent:
             self._board.workers,
             extra={"event": "serving"},
         )
-
-
-def _raise_descriptors() -> None:
-    """Use all the descriptors that we may have: each connection needs one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -39,6 +39,7 @@ from tornado.netutil import ssl_wrap_socket
 
 from .acceptor import Acceptor
 from .board import Board, State
+from .capacity import most_connections
 from .config import Config
 from .eventloop import new_event_loop, until_tick
 from .farewell import pace
@@ -212,7 +213,7 @@ class Worker:
         )
         # What was told between the fork and here.
         self.take_over()
-        self._acceptor = Acceptor(self._sockets, self.board, self._serve_connection)
+        self._acceptor = Acceptor(self._sockets, self.board, self._serve_connection, most_connections())
         # What is here now stays; later collections need not look at it.
         gc.collect()
         gc.freeze()

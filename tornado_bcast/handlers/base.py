@@ -53,8 +53,9 @@ class Context(Protocol):
     metrics: Metrics
     refusals: RefusalLog
     keeper: Keeper
-    # WebSocket connections that may be open at once over all workers.
+    # WebSocket connections that may be open at once over all workers, and on this one.
     capacity: int
+    own_capacity: int
     started: float
 
     @property

@@ -49,7 +49,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         server = self.context.config.server
         board = self.context.board
         self._count_as_client()
-        if self.context.capacity <= board.sockets():
+        if board.own_sockets >= self.context.own_capacity or board.sockets() >= self.context.capacity:
             setting = "[server] max_connections"
             self.refuse(
                 Refusal(
