@@ -49,6 +49,7 @@ brokers.redis_commands
 brokers.redis_pipeline
 brokers.redis_link brokers.memory brokers.embedded
 brokers hub acceptor client forks eventloop
+publishing
 sink delivery protocol metrics heartbeat board
 stream
 auth reload
