@@ -1,5 +1,6 @@
 """systemd's protocol, against a datagram socket in systemd's place. The real one: `make systemd-test`."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from typing import Self
 import pytest
 from broker_kit import asynchronous
 from client import Client
+from crowd import Crowd
 from daemon import Daemon, until
 from redis_server import RedisServer, binaries
 
@@ -289,3 +291,37 @@ async def test_a_redis_that_is_away_restarts_nothing(manager: Manager, notify_so
                 redis.start()
                 until(lambda: manager.status().endswith("Redis: up"), 15)
                 assert await one.is_alive() and await two.is_alive()
+
+
+# Socket activation
+
+
+@asynchronous
+async def test_a_restart_loses_no_connection_attempt(redis_server: RedisServer, tmp_path: Path) -> None:
+    """The sockets are systemd's, so who comes in between waits for the new daemon."""
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "sock"))
+        unix.listen()
+        ini = "[server]\ndrain_seconds = 2s\n[channel crowd.*]\npersistent = yes\n"
+        daemon = Daemon(ini, workers=2, redis=redis_server.url, PORT="1", BIND="192.0.2.1")
+        with daemon.hand_over(tcp, unix):
+            assert daemon.port == tcp.getsockname()[1]
+            (line,) = daemon.events("socket_activation")
+            assert "2 sockets; [server] bind and port are not used" in line["message"]
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(5)
+                connection.connect(str(tmp_path / "sock"))
+                connection.sendall(b"GET /health/live HTTP/1.0\r\nHost: localhost\r\n\r\n")
+                assert b" 200 " in connection.recv(4096)
+            async with Crowd(daemon.url, 100, channels=10) as crowd:
+                async with crowd.publishing(50), crowd.probing():
+                    await asyncio.sleep(0.5)
+                    daemon.signal(signal.SIGTERM)
+                    assert await asyncio.to_thread(daemon.wait) == 0
+                    await asyncio.to_thread(daemon.start)
+                    await crowd.all_here(10)
+                await crowd.catch_up()
+            crowd.report("restart under a socket unit", 0)
+            assert not crowd.wrong, crowd.wrong[:5]
+            assert not set(crowd.counts) - {"received", "received again"}, "somebody was refused or cut off"
+            assert len(crowd.goodbyes) == 100 and max(wait for _, wait in crowd.goodbyes) <= 2
