@@ -148,7 +148,7 @@ def test_the_shell_of_publishing(daemon: Daemon) -> None:
 def test_the_timer_of_publishing(daemon: Daemon) -> None:
     """The units are right, as far as systemd can tell, and their command publishes once."""
     service, timer = re.findall(r"```ini\n(.*?)```", PUBLISHING, re.DOTALL)
-    (line,) = re.findall(r"^ExecStart=(.*)$", service, re.MULTILINE)
+    (line,) = re.findall(r"^ExecStart=(.*)$", service.replace("\\\n", " "), re.MULTILINE)
     # As systemd reads it: `%%` is a percent sign, `$$` a dollar, and the rest is quoted as in a shell.
     command = line.replace("%%", "%").replace("$$", "$").replace("/usr/local/bin/report", "echo 17")
     (daemon.place / "bcast-key").write_text("some-key\n")
