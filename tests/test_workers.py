@@ -318,6 +318,33 @@ async def test_redis_stays_away(own_redis: RedisServer) -> None:
 
 
 @asynchronous
+async def test_a_stop_does_not_wait_for_redis(own_redis: RedisServer) -> None:
+    """Publishes that cannot be answered, and sessions that cannot be saved, hold it up for 2 s at most."""
+    with Daemon("[channel kept]\npersistent = yes\n", workers=2, redis=own_redis.url) as daemon:
+        daemon.expect("redis_down", "sessions_unsaved")
+        async with clients(daemon) as several:
+            for client in several:
+                await client.ask("subscribe", channel="kept", ack=True)
+            head = await several[0].ask("broadcast", channel="kept", data=1)
+            for client in several:
+                await client.messages(1)
+            own_redis.stop()
+            for client in several:
+                await client.send(type="ack", channel="kept", epoch=head["epoch"], seq=head["seq"])
+                await client.send(type="broadcast", channel="kept", data=2, messageId="waits")
+            await eventually(lambda: health(daemon), lambda status: status == 503)
+            begun = time.monotonic()
+            daemon.signal(signal.SIGTERM)
+            for client in several:
+                assert (await client.closed())[0] == 1012
+            told = time.monotonic() - begun
+            assert await asyncio.to_thread(daemon.wait) == 0
+            took = time.monotonic() - begun
+        print(f"told within {told:.1f} s, ended within {took:.1f} s")
+        assert told < 2 and took < 5
+
+
+@asynchronous
 async def test_who_goes_while_redis_is_away(own_redis: RedisServer) -> None:
     """Before the answer: nothing is left of them, and the log says nothing of it."""
     with Daemon(redis=own_redis.url, BCAST_REDIS_PUBLISH_TIMEOUT="1s") as daemon:

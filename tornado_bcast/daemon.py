@@ -231,6 +231,7 @@ class _Parent:
     def _on_hangup(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid and not self._board.stopping:
             self._reload_asked = True
+            self._tick()
 
     def _reload(self) -> None:
         """Read the configuration again, and do what is to be done about it."""
