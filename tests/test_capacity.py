@@ -101,7 +101,9 @@ def test_without_descriptors_it_lives_and_recovers(redis_server: RedisServer, li
                 first.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 assert b" 200 " in first.recv(4096)
                 time.sleep(0.05)
-            assert cpu_seconds(worker) - before < 0.6, "a busy loop"
+            used = cpu_seconds(worker) - before
+            print(f"CPU of the worker in 2 s without descriptors: {used:.2f} s")
+            assert used < 0.25, "a busy loop"
             for one in crowd:
                 one.close()
         until(lambda: daemon.get("/health/ready")[0] == 200)
