@@ -162,6 +162,29 @@ async def test_the_metrics_of_all_workers(redis_server: RedisServer) -> None:
 
 
 @asynchronous
+async def test_a_leaving_worker_accepts_while_nobody_else_does(redis_server: RedisServer) -> None:
+    with Daemon("[server]\ndrain_seconds = 3s\n", workers=2, redis=redis_server.url) as daemon:
+        leaving, staying = daemon.workers()
+        async with clients(daemon, workers=(0,) * 12) as several:
+            daemon.signal(signal.SIGHUP)
+            await until(lambda: any(client.socket.close_code == 1012 for client in several))
+            os.kill(staying, signal.SIGSTOP)
+            stopped = time.monotonic()
+            try:
+                while time.monotonic() - stopped < 1.5:
+                    begun = time.monotonic()
+                    assert await health(daemon, "/live") == 200
+                    assert time.monotonic() - begun < 1
+            finally:
+                os.kill(staying, signal.SIGCONT)
+            assert daemon.workers()[0] == leaving, "it was that one"
+            codes = [(await client.closed())[0] for client in several]
+            assert codes == [1012] * 12
+        await asyncio.to_thread(daemon.wait_for_log, "replaced", 1, 30)
+        assert not {leaving, staying} & set(daemon.workers())
+
+
+@asynchronous
 async def test_when_it_stops_clients_are_told_when_to_come_back() -> None:
     with Daemon() as daemon:
         async with AsyncExitStack() as stack:
