@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -73,6 +74,10 @@ class Daemon:
         self._expected: set[str] = set()
         self._checked = 0
         self._process: subprocess.Popen[bytes] | None = None
+        # A program, with its arguments, that runs the daemon.
+        self._wrapper: tuple[str, ...] = ()
+        # Listening sockets that it inherits.
+        self._sockets: tuple[socket.socket, ...] = ()
         # As they were when last asked for.
         self._workers: list[int] = []
         # http://127.0.0.1:PORT, or https:.
@@ -92,7 +97,23 @@ class Daemon:
         return self._process.pid
 
     def _command(self) -> list[str]:
-        return [sys.executable, "-W", "error", *self._program, "serve", "-c", str(self._ini)]
+        return [*self._wrapper, sys.executable, "-W", "error", *self._program, "serve", "-c", str(self._ini)]
+
+    def wrap(self, *command: str) -> Self:
+        """Have this command start it, as `prlimit --nofile=100` or `sh -c` do."""
+        self._wrapper = command
+        return self
+
+    def hand_over(self, *sockets: socket.socket) -> Self:
+        """Have it started as systemd starts a service with a socket unit."""
+        self._sockets = sockets
+        return self.wrap("/bin/sh", "-c", f'LISTEN_PID=$$ LISTEN_FDS={len(sockets)} exec "$@"', "sh")
+
+    def _pass_on(self) -> None:
+        # First out of the way, then to 3 and up.
+        high = [os.dup2(sock.fileno(), 200 + number) for number, sock in enumerate(self._sockets)]
+        for number, fd in enumerate(high):
+            os.dup2(fd, 3 + number)
 
     def start(self, *, ready: bool = True) -> Self:
         """Run it until it serves; with `ready`, until `/health/ready` says so."""
@@ -105,9 +126,11 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                preexec_fn=self._pass_on if self._sockets else None,
+                pass_fds=range(3, 3 + len(self._sockets)),
             )
         try:
-            url = str(self.wait_for_log("serving")["message"]).split()[1]
+            url = str(self.wait_for_log("serving")["message"]).split()[1].rstrip(",")
             self.url = url.replace("//0.0.0.0:", "//127.0.0.1:")
             # The port stays the same when it is started again.
             self._variables["PORT"] = str(self.port)
@@ -228,6 +251,12 @@ class Daemon:
         finally:
             process.kill()
             process.wait()
+
+    def wait(self, seconds: float = 15) -> int:
+        """Wait for the end that was asked for by a signal; its exit code."""
+        assert self._process is not None
+        process, self._process = self._process, None
+        return process.wait(seconds)
 
     def kill(self) -> None:
         """End it as a crash would; the kernel takes its children with it."""

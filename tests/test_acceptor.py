@@ -31,7 +31,7 @@ class Bench:
         self.board.state = State.SERVING
         self.accepted: list[socket.socket] = []
         self.clients: list[socket.socket] = []
-        self.acceptor = Acceptor([listener], self.board, self.on_connection)
+        self.acceptor = Acceptor([listener], self.board, self.on_connection, most=10_000)
 
     def other(self, connections: int, state: State = State.SERVING) -> None:
         """What the other worker writes on the board."""
@@ -249,10 +249,33 @@ def test_without_descriptors_it_leaves_the_queue_to_others_and_recovers(
         await until(lambda: len(one.accepted) == 3)
         assert one.board.accepting
 
-    run(test)
-    (record,) = caplog.records
+    with caplog.at_level(logging.INFO):
+        run(test)
+    record, resumed = caplog.records
+    assert resumed.__dict__["event"] == "accept_resumed"
     assert record.__dict__["event"] == "accept_paused" and record.levelno == logging.ERROR
     assert "Too many open files" in record.getMessage() and "LimitNOFILE" in record.getMessage()
+
+
+def test_some_descriptors_are_left_for_other_things(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.02)
+
+    async def test(one: Bench) -> None:
+        one.other(1000)
+        one.acceptor._most = 5
+        one.acceptor.resume()
+        await one.connect(8)
+        assert await settled(one) == 5
+        one.board.own_connections -= 2
+        await until(lambda: len(one.accepted) == 7)
+
+    with caplog.at_level(logging.INFO):
+        run(test)
+    # Once, though it was so twice within a minute.
+    assert [record.__dict__["event"] for record in caplog.records] == ["accept_paused", "accept_resumed"]
+    assert "LimitNOFILE" in caplog.records[0].getMessage()
 
 
 class Grumbling:
@@ -329,14 +352,6 @@ def test_accepted_sockets_send_without_delay() -> None:
         connection, _ = listener.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-
-def test_what_systemd_hands_to_another_process_is_not_ours() -> None:
-    environ = {"LISTEN_PID": str(os.getppid()), "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x", "HOME": "/"}
-    for sock in listening_sockets("127.0.0.1", 0, environ):
-        assert sock.fileno() > 3
-        sock.close()
-    assert environ == {"HOME": "/"}
 
 
 @pytest.mark.parametrize(

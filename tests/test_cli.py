@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from daemon import ROOT, Daemon, until
+from scripted import BUSY, DUPLICATE, TAKEN, Scripted, answer, error
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
@@ -46,64 +47,6 @@ def run(
     text = subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
     assert "Traceback" not in text.stderr, text.stderr
     return text
-
-
-# --- A scripted HTTP server -------------------------------------------------------------------------------
-
-
-def answer(status: int, body: Any, *headers: str) -> bytes:
-    content = json.dumps(body).encode() if not isinstance(body, bytes) else body
-    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(content)}", "Connection: close", *headers, "", ""]
-    return "\r\n".join(lines).encode() + content
-
-
-def error(status: int, code: str, message: str, *headers: str) -> bytes:
-    return answer(status, {"error": {"code": code, "message": message}}, *headers)
-
-
-TAKEN = answer(200, {"results": [{"channel": "news", "messageId": "m1"}]})
-DUPLICATE = answer(200, {"results": [{"channel": "news", "messageId": "m1", "duplicate": True}]})
-BUSY = error(503, "unavailable", "Redis is away.")
-
-
-class Scripted:
-    """Answers each request with the next part of the script, for ever with the last one. b"" hangs up."""
-
-    def __init__(self, *script: bytes, port: int = 0) -> None:
-        self._script = list(script)
-        self._listener = socket.create_server(("127.0.0.1", port))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.requests: list[tuple[float, str, dict[str, str], dict[str, Any]]] = []
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> "Scripted":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join(5)
-
-    def _run(self) -> None:
-        while True:
-            try:
-                peer, _ = self._listener.accept()
-            except OSError:
-                return
-            with peer, peer.makefile("rb") as reader:
-                line = reader.readline().decode().strip()
-                headers = {}
-                while header := reader.readline().decode().strip():
-                    name, _, value = header.partition(":")
-                    headers[name.lower()] = value.strip()
-                body = json.loads(reader.read(int(headers["content-length"])))
-                self.requests.append((time.monotonic(), line, headers, body))
-                peer.sendall(self._script.pop(0) if len(self._script) > 1 else self._script[0])
-
-    @property
-    def ids(self) -> set[str]:
-        return {body["messageId"] for *_, body in self.requests}
 
 
 # --- publish ----------------------------------------------------------------------------------------------
@@ -321,10 +264,12 @@ def test_publish_from_python() -> None:
 
 def test_an_error_in_a_200_is_no_success() -> None:
     body = json.dumps({"results": [{"channel": "news", "error": {"code": "forbidden", "message": "No."}}]})
-    with pytest.raises(client.Rejected, match="No"):
-        client.decode_answer(200, None, body.encode())
-    with pytest.raises(Unavailable):
-        client.decode_answer(200, None, body.replace("forbidden", "unavailable").encode())
+    with Scripted(answer(200, body.encode())) as server, pytest.raises(client.Rejected, match="No"):
+        client.publish("news", 1, url=server.url)
+    body = body.replace("forbidden", "unavailable")
+    with Scripted(answer(200, body.encode()), TAKEN) as server:
+        client.publish("news", 1, url=server.url)
+        assert len(server.requests) == 2
     with pytest.raises(client.Rejected):
         client.decode_answer(200, None, b"<html>")
 

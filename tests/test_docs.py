@@ -1,4 +1,4 @@
-"""README and TROUBLESHOOTING, done as they say: their commands in a shell, their page in a real Chromium."""
+"""README, TROUBLESHOOTING and PUBLISHING, done as they say: in a shell, in Python, in a real Chromium."""
 
 import os
 import re
@@ -15,6 +15,7 @@ from client import Client
 from daemon import ROOT, Daemon
 
 README = (ROOT / "README.md").read_text()
+PUBLISHING = (ROOT / "docs/PUBLISHING.md").read_text()
 CHECKS = (ROOT / "docs/TROUBLESHOOTING.md").read_text().partition("## Other signs")[0]
 
 
@@ -122,3 +123,44 @@ def test_the_page_of_the_readme(daemon: Daemon, tmp_path: Path) -> None:
         for window in windows:
             window.wait_for("document.querySelector('pre').innerText.includes('\"data\":\"hello\"')")
             assert window.errors == []
+
+
+# Publishing
+
+
+def test_the_python_of_publishing(daemon: Daemon) -> None:
+    programs = re.findall(r"```python\n(.*?)```", PUBLISHING, re.DOTALL)
+    assert len(programs) == 3
+    for program in programs:
+        path = daemon.place / "program.py"
+        path.write_text(program.replace("127.0.0.1:8080", f"127.0.0.1:{daemon.port}"))
+        printed = shell(f"python -W error {path} && echo good", daemon)
+        assert re.fullmatch(r"([0-9a-f-]{36}\n)?good", printed), printed
+
+
+def test_the_shell_of_publishing(daemon: Daemon) -> None:
+    several = list(blocks(PUBLISHING))
+    assert len(several) == 2
+    for command, shown in several:
+        printed = shell(command, daemon)
+        assert is_like(shown, printed), printed
+
+
+def test_the_timer_of_publishing(daemon: Daemon) -> None:
+    """The units are right, as far as systemd can tell, and their command publishes once."""
+    service, timer = re.findall(r"```ini\n(.*?)```", PUBLISHING, re.DOTALL)
+    (line,) = re.findall(r"^ExecStart=(.*)$", service.replace("\\\n", " "), re.MULTILINE)
+    # As systemd reads it: `%%` is a percent sign, `$$` a dollar, and the rest is quoted as in a shell.
+    command = line.replace("%%", "%").replace("$$", "$").replace("/usr/local/bin/report", "echo 17")
+    (daemon.place / "bcast-key").write_text("some-key\n")
+    for duplicate in ("", ', "duplicate": true'):
+        printed = shell(f"export CREDENTIALS_DIRECTORY={daemon.place}; {command}", daemon)
+        assert is_like(f'{{"channel": "reports", "messageId": "report-..."{duplicate}}}', printed), printed
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("the units are NOT checked: no systemd-analyze on PATH")
+    for name, text in (("report.service", service), ("report.timer", timer)):
+        (daemon.place / name).write_text(text)
+    printed = shell(
+        f"systemd-analyze verify {daemon.place}/report.service {daemon.place}/report.timer", daemon
+    )
+    assert "report" not in printed, printed

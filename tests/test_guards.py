@@ -34,10 +34,13 @@ PACKAGE = ROOT / "tornado_bcast"
 LAYERS = """
 cli
 daemon tail
-worker application
+watch
+application
+worker
 handlers
 handlers.websocket handlers.broadcast handlers.status
 handlers.connection
+handlers.outgoing
 handlers.subscriptions handlers.wire
 handlers.base
 node keeper
@@ -49,24 +52,24 @@ brokers.redis_commands
 brokers.redis_pipeline
 brokers.redis_link brokers.memory brokers.embedded
 brokers hub acceptor client forks eventloop
+publishing
 sink delivery protocol metrics heartbeat board
 stream
 auth reload compression
-rules wheel frames
+rules wheel frames farewell
 config
 reading cores
 settings ini keys
 addresses
-values errors logs direct
+systemd
+values errors logs direct capacity
 __init__
 """
 
 # In C, with a stand-in in Python.
 EXTENSIONS = {"_direct"}
 # No sockets, no clock, no loop: these are fed, and asked.
-SANS_IO = (
-    "protocol rules session delivery hub topic frames compression wheel heartbeat metrics errors".split()
-)
+SANS_IO = "protocol rules session delivery hub topic frames compression wheel heartbeat metrics errors farewell".split()
 IO = {"asyncio", "tornado", "redis", "socket", "ssl", "time", "threading", "select", "selectors"}
 
 

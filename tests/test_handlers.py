@@ -3,14 +3,16 @@
 All else is tested with the real daemon (test_websocket.py, test_http.py).
 """
 
+import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from socket import socket as RawSocket
 from typing import Any
 
 import pytest
 from broker_kit import until
-from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPResponse
+from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
 from tornado.web import Application
@@ -18,7 +20,7 @@ from tornado.websocket import WebSocketClientConnection, websocket_connect
 
 from tornado_bcast.application import Inside
 from tornado_bcast.board import Board, State
-from tornado_bcast.brokers import BrokerHealth
+from tornado_bcast.brokers import BrokerHealth, Publication, Receipt
 from tornado_bcast.config import default_config
 from tornado_bcast.handlers import make_routes
 from tornado_bcast.stream import ClientStream
@@ -40,7 +42,7 @@ def inside(io_loop: IOLoop) -> Iterator[Inside]:
 
     made = io_loop.run_sync(make)
     yield made
-    io_loop.run_sync(lambda: made.close(1.0))
+    io_loop.run_sync(made.close)
 
 
 @pytest.fixture
@@ -199,22 +201,22 @@ async def test_an_error_of_ours_in_a_command(
 async def test_a_worker_that_drains(
     connect: Connect, http_client: AsyncHTTPClient, base_url: str, inside: Inside
 ) -> None:
-    """A load balancer sees it, and who comes all the same is served until the worker closes."""
+    """A load balancer sees it, and who comes all the same is served until the clients are sent away."""
     inside.board.state = State.DRAINING
     for path, status in (("/health", 503), ("/health/ready", 503), ("/health/live", 200)):
         answer = await fetch(http_client, base_url + path)
         assert answer.code == status, path
     body = json.loads((await fetch(http_client, base_url + "/health")).body)
     assert body["status"] == "draining"
-    assert (await fetch(http_client, base_url + "/broadcast", {"channel": "a", "data": 1})).code == 200
+    answer = await fetch(http_client, base_url + "/broadcast", {"channel": "a", "data": 1})
+    assert (answer.code, answer.headers["Connection"]) == (200, "close")
     socket = await connect()
-    inside.closing = True
-    with pytest.raises(HTTPClientError) as caught:
-        await connect()
-    assert caught.value.code == 503
-    inside.closing = False
-    inside.board.state = State.SERVING
     assert (await socket.ask(type="subscribe", channel="a"))["type"] == "ack"
+    await inside.send_away(0.0, 1.0)
+    assert (await socket.closed())[0] == 1012
+    # One whose request was on its way.
+    socket = await connect()
+    assert (await socket.closed())[0] == 1012
 
 
 @pytest.mark.gen_test
@@ -259,7 +261,7 @@ async def test_closing_says_goodbye(
     connect: Connect, http_client: AsyncHTTPClient, base_url: str, inside: Inside
 ) -> None:
     sockets = [await connect() for _ in range(4)]
-    IOLoop.current().spawn_callback(inside.close, 2.0)
+    IOLoop.current().spawn_callback(inside.send_away, 0.0, 2.0)
     reasons = []
     for socket in sockets:
         code, reason = await socket.closed()
@@ -267,6 +269,78 @@ async def test_closing_says_goodbye(
         reasons.append(json.loads(reason)["retryAfter"])
     assert len(set(reasons)) > 1
     await until(lambda: inside.metrics.connections == inside.board.own_sockets == 0)
+
+
+@pytest.mark.gen_test
+async def test_who_is_sent_away_has_its_answers_first(
+    connect: Connect,
+    http_client: AsyncHTTPClient,
+    base_url: str,
+    inside: Inside,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was published is answered before the goodbye; what comes after is for the next connection."""
+    socket, idle = await connect(), await connect()
+    answers: list[asyncio.Future[Receipt]] = []
+
+    def publish(publication: Publication) -> "asyncio.Future[Receipt]":
+        answers.append(asyncio.get_running_loop().create_future())
+        return answers[-1]
+
+    monkeypatch.setattr(inside.node.broker, "publish", publish)
+    send = socket.connection.write_message
+    await send(json.dumps({"type": "broadcast", "channel": "a", "data": 1, "messageId": "first"}))
+    await until(lambda: len(answers) == 1)
+    going = asyncio.ensure_future(inside.send_away(0.0, 1.0))
+    assert (await idle.closed())[0] == 1012
+    await send(json.dumps({"type": "broadcast", "channel": "a", "data": 2, "messageId": "second"}))
+    await asyncio.sleep(0.1)
+    assert len(answers) == 1 and not going.done()
+    answers[0].set_result(Receipt())
+    answer = await socket.read()
+    assert (answer["op"], answer["messageId"]) == ("broadcast", "first")
+    assert (await socket.closed())[0] == 1012
+    await going
+
+
+@pytest.mark.gen_test
+async def test_who_is_never_answered_is_sent_away_all_the_same(
+    connect: Connect, http_client: AsyncHTTPClient, inside: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    socket = await connect()
+    monkeypatch.setattr(inside.node.broker, "publish", lambda _: asyncio.get_running_loop().create_future())
+    frame = {"type": "broadcast", "channel": "a", "data": 1, "messageId": "first"}
+    await socket.connection.write_message(json.dumps(frame))
+    await asyncio.sleep(0.05)
+    begun = time.monotonic()
+    going = asyncio.ensure_future(inside.send_away(0.0, 1.0))
+    code, reason = await socket.closed()
+    assert code == 1012 and 0 < json.loads(reason or "")["retryAfter"] <= 1000
+    await going
+    assert time.monotonic() - begun < 2.5
+
+
+@pytest.mark.gen_test
+async def test_what_is_acked_is_saved_before_the_goodbye(
+    connect: Connect, http_client: AsyncHTTPClient, inside: Inside
+) -> None:
+    socket = await connect()
+    await socket.ask(type="subscribe", channel="a")
+    (connection,) = inside._connections
+    saved: list[bool] = []
+    save = inside.keeper.save
+
+    async def slowly(*arguments: Any) -> None:
+        await asyncio.sleep(0.05)
+        await save(*arguments)
+        saved.append(True)
+
+    inside.keeper.save = slowly  # type: ignore[method-assign]
+    connection.session.changed.add("a")  # type: ignore[attr-defined]
+    going = asyncio.ensure_future(inside.send_away(0.0, 1.0))
+    assert (await socket.closed())[0] == 1012
+    assert saved
+    await going
 
 
 @pytest.mark.gen_test

@@ -20,6 +20,7 @@ import pytest
 from broker_kit import asynchronous, until
 from client import Answer, Client, eventually, handshake, http, raw_http
 from daemon import Daemon
+from prometheus_client.parser import text_string_to_metric_families
 from redis_server import RedisServer, binaries
 
 # A client that is closed for good meets the next worker or daemon within so many seconds.
@@ -104,6 +105,83 @@ async def test_who_comes_while_a_worker_is_replaced_is_served(redis_server: Redi
             async with Client(daemon.ws_url) as client:
                 assert await client.is_alive()
             assert time.monotonic() - begun < 1
+
+
+@asynchronous
+async def test_the_metrics_of_all_workers(redis_server: RedisServer) -> None:
+    """Every name, a series for each living worker, and none for one that is dead or does not answer."""
+    with Daemon(workers=2, redis=redis_server.url) as daemon:
+        daemon.expect("worker_died", "worker_pausing")
+
+        async def series() -> dict[str, dict[str, float]]:
+            """Worker -> sample -> value, as one of them tells it."""
+            text = (await http(daemon.url, "GET", "/metrics")).body.decode()
+            found: dict[str, dict[str, float]] = {}
+            for family in text_string_to_metric_families(text):
+                for sample in family.samples:
+                    labels = {**sample.labels}
+                    own = found.setdefault(labels.pop("worker", "all"), {})
+                    own[sample.name + str(labels or "")] = sample.value
+            return found
+
+        async with clients(daemon) as (one, two):
+            for client in (one, two):
+                await client.ask("subscribe", channel="news")
+            await one.ask("broadcast", channel="news", data=1)
+            await post(daemon, channel="news", data=2)
+            for client in (one, two):
+                assert await client.messages(2) == [1, 2]
+
+            def is_complete(found: dict[str, dict[str, float]]) -> bool:
+                delivered = [found.get(worker, {}).get("bcast_delivered_total") for worker in "01"]
+                return delivered == [2, 2]
+
+            found = await eventually(series, is_complete)
+            for worker in "01":
+                own = found[worker]
+                assert (own["bcast_connections"], own["bcast_subscriptions"]) == (1, 1)
+                assert own["bcast_redis_up"] == 1 and own["bcast_redis_roundtrip_seconds"] > 0
+                assert own["bcast_delivery_lag_seconds_count"] == 2 and "bcast_redelivered_total" in own
+                assert 0 <= own["bcast_event_loop_lag_seconds"] < 10
+            for via in ("ws", "http"):
+                name = f"bcast_published_total{ {'via': via} }"
+                assert sum(found[worker][name] for worker in "01") == 1
+            assert found["all"] == {"bcast_worker_restarts_total": 0}
+
+            first, _ = daemon.workers()
+            os.kill(first, signal.SIGSTOP)
+            assert set(await eventually(series, lambda found: "0" not in found)) == {"1", "all"}
+            os.kill(first, signal.SIGCONT)
+            await eventually(series, is_complete)
+
+            os.kill(first, signal.SIGKILL)
+            # Its successor has counted nothing yet.
+            found = await eventually(series, lambda found: found.get("0", {}).get("bcast_connections") == 0)
+            assert found["0"]["bcast_delivered_total"] == 0 and found["1"]["bcast_delivered_total"] == 2
+            assert found["all"] == {"bcast_worker_restarts_total": 1}
+
+
+@asynchronous
+async def test_a_leaving_worker_accepts_while_nobody_else_does(redis_server: RedisServer) -> None:
+    with Daemon("[server]\ndrain_seconds = 3s\n", workers=2, redis=redis_server.url) as daemon:
+        leaving, staying = daemon.workers()
+        async with clients(daemon, workers=(0,) * 12) as several:
+            daemon.signal(signal.SIGHUP)
+            await until(lambda: any(client.socket.close_code == 1012 for client in several))
+            os.kill(staying, signal.SIGSTOP)
+            stopped = time.monotonic()
+            try:
+                while time.monotonic() - stopped < 1.5:
+                    begun = time.monotonic()
+                    assert await health(daemon, "/live") == 200
+                    assert time.monotonic() - begun < 1
+            finally:
+                os.kill(staying, signal.SIGCONT)
+            assert daemon.workers()[0] == leaving, "it was that one"
+            codes = [(await client.closed())[0] for client in several]
+            assert codes == [1012] * 12
+        await asyncio.to_thread(daemon.wait_for_log, "replaced", 1, 30)
+        assert not {leaving, staying} & set(daemon.workers())
 
 
 @asynchronous
@@ -260,6 +338,33 @@ async def test_redis_stays_away(own_redis: RedisServer) -> None:
             again = await client.ask("broadcast", channel="news", data=2, messageId="given")
             assert (again["type"], again.get("duplicate")) == ("ack", None)
             assert await client.messages(1) == [2]
+
+
+@asynchronous
+async def test_a_stop_does_not_wait_for_redis(own_redis: RedisServer) -> None:
+    """Publishes that cannot be answered, and sessions that cannot be saved, hold it up for 2 s at most."""
+    with Daemon("[channel kept]\npersistent = yes\n", workers=2, redis=own_redis.url) as daemon:
+        daemon.expect("redis_down", "sessions_unsaved")
+        async with clients(daemon) as several:
+            for client in several:
+                await client.ask("subscribe", channel="kept", ack=True)
+            head = await several[0].ask("broadcast", channel="kept", data=1)
+            for client in several:
+                await client.messages(1)
+            own_redis.stop()
+            for client in several:
+                await client.send(type="ack", channel="kept", epoch=head["epoch"], seq=head["seq"])
+                await client.send(type="broadcast", channel="kept", data=2, messageId="waits")
+            await eventually(lambda: health(daemon), lambda status: status == 503)
+            begun = time.monotonic()
+            daemon.signal(signal.SIGTERM)
+            for client in several:
+                assert (await client.closed())[0] == 1012
+            told = time.monotonic() - begun
+            assert await asyncio.to_thread(daemon.wait) == 0
+            took = time.monotonic() - begun
+        print(f"told within {told:.1f} s, ended within {took:.1f} s")
+        assert told < 2 and took < 5
 
 
 @asynchronous

@@ -2,9 +2,9 @@
 
     python tests/tiny_daemon.py '{"server": {"workers": "2", "port": "0"}}' DIRECTORY
 
-The first argument has the keys that differ from the defaults, and under `constants` names of daemon.py with
-other values. Files in DIRECTORY make new workers misbehave: `slow` (they take as many seconds to start as
-stand in it), `crash` (they die at once).
+The first argument has the keys that differ from the defaults, and under `constants` names of daemon.py and
+watch.py with other values. Files in DIRECTORY make new workers misbehave: `slow` (they take as many seconds
+to start as stand in it), `crash` (they die at once).
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from pathlib import Path
 from tornado.web import Application, RequestHandler
 from tornado.websocket import WebSocketHandler
 
-from tornado_bcast import daemon, logs, worker
+from tornado_bcast import daemon, logs, watch, worker
 from tornado_bcast.board import Board
 from tornado_bcast.config import Config, default_config
 
@@ -61,9 +61,7 @@ class Echo(WebSocketHandler):
         self.settings["clients"].discard(self)
 
 
-async def make_application(
-    directory: Path, config: Config, board: Board, index: int
-) -> tuple[Application, worker.Close, worker.Configure]:
+async def make_application(directory: Path, config: Config, board: Board, index: int) -> worker.Handles:
     if (directory / "crash").exists():
         os._exit(9)
     if (directory / "slow").exists():
@@ -74,11 +72,14 @@ async def make_application(
         routes, board=board, clients=clients, redis_url=config.redis.url, log_function=lambda handler: None
     )
 
-    async def close(seconds: float) -> None:
+    async def send_away(over: float, back: float) -> None:
         for client in list(clients):
             client.close(1012)
 
-    return application, close, lambda config: None
+    async def close() -> None:
+        pass
+
+    return worker.Handles(application, lambda config: None, send_away, close)
 
 
 def serve(directory: Path, config: Config, sockets: list[socket.socket], board: Board, index: int) -> int:
@@ -91,8 +92,8 @@ def main() -> int:
     logging.getLogger("tornado_bcast").info("hello", extra={"event": "hello"})
     sections = json.loads(sys.argv[1])
     for name, value in sections.pop("constants", {}).items():
-        assert hasattr(daemon, name)
-        setattr(daemon, name, value)
+        (module,) = [module for module in (daemon, watch) if hasattr(module, name)]
+        setattr(module, name, value)
     config = default_config(**sections)
     return daemon.run(config, serve=functools.partial(serve, Path(sys.argv[2])))
 

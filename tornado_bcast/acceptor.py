@@ -20,6 +20,7 @@ from typing import Any
 
 from .board import Board
 from .errors import ConfigError
+from .systemd import inherited_sockets
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,6 @@ RETRY_SECONDS = 0.25
 # "Out of descriptors" is said at most this often (seconds).
 SAY_AGAIN_SECONDS = 60.0
 
-# The first descriptor that systemd hands over (SD_LISTEN_FDS_START).
-_LISTEN_FDS_START = 3
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # The connection in question is broken, the next may be well (accept(2), "Error handling").
 _BROKEN = (
@@ -58,12 +57,20 @@ def listening_sockets(
     bind: str, port: int, environ: MutableMapping[str, str] = os.environ
 ) -> list[socket.socket]:
     """The sockets that systemd hands over, if it does, else new ones on all addresses of `bind`."""
-    sockets = _inherited_sockets(environ)
+    sockets = inherited_sockets(environ)
+    if sockets:
+        logger.info(
+            "systemd has handed over %d sockets; [server] bind and port are not used",
+            len(sockets),
+            extra={"event": "socket_activation"},
+        )
     try:
         sockets = sockets or _bind(bind, port)
     except OSError as error:
         raise ConfigError([_cannot_listen(bind, port, error)]) from error
     for sock in sockets:
+        # For a socket that listens already this changes the length of its queue (listen(2)).
+        sock.listen(BACKLOG)
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             # Accepted sockets inherit it: frames go out when they are written.
@@ -115,22 +122,6 @@ def place(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """By the protocol of sd_listen_fds(3). The variables are taken away, they are not for children."""
-    pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
-    environ.pop("LISTEN_FDNAMES", None)
-    if pid != str(os.getpid()) or not count.isdecimal():
-        return []
-    sockets = []
-    for fd in range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)):
-        os.set_inheritable(fd, False)
-        sock = socket.socket(fileno=fd)
-        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise ConfigError([f"descriptor {fd} from systemd does not listen: the unit needs Accept=no"])
-        sockets.append(sock)
-    return sockets
-
-
 class Acceptor:
     """Takes connections off `sockets` on the running loop and hands each to `on_connection(socket, address)`.
 
@@ -143,8 +134,11 @@ class Acceptor:
         sockets: Sequence[socket.socket],
         board: Board,
         on_connection: Callable[[socket.socket, Any], None],
+        most: int,
     ) -> None:
         self._sockets = list(sockets)
+        # How many connections this worker may have, so that some descriptors stay for other things.
+        self._most = most
         self._board = board
         self._on_connection = on_connection
         self._loop = asyncio.get_running_loop()
@@ -152,7 +146,9 @@ class Acceptor:
         self._watching = False
         # Runs `_look` or `_retry`; None while the sockets are watched, while paused and after `close`.
         self._timer: asyncio.TimerHandle | None = None
+        # When it was last said that none are taken, and whether that still holds.
         self._said_exhausted = -SAY_AGAIN_SECONDS
+        self._complained = False
 
     def resume(self) -> None:
         """Begin, or go on after `pause`."""
@@ -206,6 +202,11 @@ class Acceptor:
         for _ in range(min(BATCH, self._room())):
             if not self._watching:
                 return  # Paused by what a connection brought about.
+            if self._board.own_connections >= self._most:
+                self._back_off(
+                    "this worker has as many connections as it has descriptors for", exhausted=True
+                )
+                return
             try:
                 connection, address = listener.accept()
             except BlockingIOError:
@@ -213,8 +214,11 @@ class Acceptor:
             except OSError as error:
                 if error.errno in _BROKEN:
                     continue
-                self._back_off(error)
+                self._back_off(error.strerror or str(error), exhausted=error.errno in _EXHAUSTED)
                 return
+            if self._complained:
+                self._complained = False
+                logger.info("connections are taken again", extra={"event": "accept_resumed"})
             try:
                 self._on_connection(connection, address)
             except Exception:
@@ -224,23 +228,18 @@ class Acceptor:
             self._unwatch()
             self._look()
 
-    def _back_off(self, error: OSError) -> None:
+    def _back_off(self, reason: str, *, exhausted: bool) -> None:
         """Leave the queue to the others for a moment; closed connections may free what is missing."""
         self.pause()
         self._timer = self._loop.call_later(RETRY_SECONDS, self._retry)
         now = self._loop.time()
-        if now - self._said_exhausted < SAY_AGAIN_SECONDS:
+        if self._complained or now - self._said_exhausted < SAY_AGAIN_SECONDS:
             return
-        self._said_exhausted = now
-        hint = ""
-        if error.errno in _EXHAUSTED:
-            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            hint = f"; this process may have {limit} descriptors (ulimit -n, LimitNOFILE=)"
+        self._complained, self._said_exhausted = True, now
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        hint = f"; this process may have {limit} descriptors (ulimit -n, LimitNOFILE=)" if exhausted else ""
         logger.error(
-            "no connections are taken for a moment: %s%s",
-            error.strerror or error,
-            hint,
-            extra={"event": "accept_paused"},
+            "no connections are taken for a moment: %s%s", reason, hint, extra={"event": "accept_paused"}
         )
 
     def _retry(self) -> None:

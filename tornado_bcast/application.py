@@ -1,26 +1,26 @@
 """What one worker is made of, behind its sockets: broker, node, hub, heartbeat, statistics, handlers.
 
-`make_application` is called in the forked process; the rest is the context that the handlers see.
+`make_application` is called in the forked process and gives the worker its handles (worker.Handles); the rest
+is the context that the handlers see.
 """
 
 import asyncio
 import json
 import logging
-import resource
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
-
-from tornado.web import Application
 
 from .auth import Authenticator
 from .board import Board, State
 from .brokers import Broker
 from .brokers.memory import MemoryBroker
 from .brokers.redis import RedisBroker
+from .capacity import most_clients
 from .config import Config
 from .errors import CloseCode
 from .eventloop import until_tick
+from .farewell import Farewell
 from .handlers import make_routes
 from .handlers.base import Connection
 from .handlers.connection import ping_frames
@@ -32,22 +32,23 @@ from .metrics import Metrics, Row
 from .node import Node
 from .rules import ChannelRules, Origins
 from .wheel import Wheel
+from .worker import Handles
 
 logger = logging.getLogger(__name__)
 
 # Seconds between two rows of statistics, and after which a row of another node is too old to be shown.
 ROW_SECONDS = 1.0
 _STALE_SECONDS = 2.5
-# So many clients are told to come back each second after a stop, as far as `drain_seconds` allow.
-_RETURNS_PER_SECOND = 100
+# Seconds between two looks at whose turn it is to leave; how long clients that have been told may take for
+# what is still to be answered and saved, and then for the closing handshake.
+_FAREWELL_TICK = 0.02
+_ANSWER_SECONDS = 1.2
+_GONE_SECONDS = 0.8
+# How long the sessions may take to be saved at the end.
+_SAVE_SECONDS = 0.5
 
 # Connections that are looked at in one turn of the loop after a reload.
 _AT_ONCE = 200
-# Descriptors of a worker that are not for clients: Redis, the log, the loop, files, HTTP that comes and goes.
-_RESERVED_DESCRIPTORS = 100
-
-Close = Callable[[float], Awaitable[None]]
-Configure = Callable[[Config], None]
 
 
 def make_broker(config: Config) -> Broker:
@@ -62,17 +63,11 @@ def make_broker(config: Config) -> Broker:
     )
 
 
-def _descriptors_for_clients() -> int:
-    """How many WebSocket connections the descriptors of one worker allow."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return max(limit - _RESERVED_DESCRIPTORS, limit // 2)
-
-
-async def make_application(config: Config, board: Board, index: int) -> tuple[Application, Close, Configure]:
-    """Build and start a worker's inside; the second one closes it, the third takes over a configuration."""
+async def make_application(config: Config, board: Board, index: int) -> Handles:
+    """Build and start a worker's inside."""
     inside = Inside(config, board, index)
     await inside.start()
-    return make_routes(inside), inside.close, inside.reconfigure
+    return Handles(make_routes(inside), inside.reconfigure, inside.send_away, inside.close)
 
 
 class Inside:
@@ -85,8 +80,8 @@ class Inside:
         self.heartbeat: Heartbeat[Connection] = Heartbeat(config.heartbeat.interval, config.heartbeat.timeout)
         self.expiries: Wheel[Connection] = Wheel(TICK)
         self.refusals = RefusalLog(logging.getLogger("tornado_bcast.refusals"))
-        self.capacity = config.server.max_connections or board.workers * _descriptors_for_clients()
-        self.closing = False
+        self.own_capacity = most_clients()
+        self.capacity = config.server.max_connections or board.workers * self.own_capacity
         self.started = time.monotonic()
         self.configure(config)
         self.node = Node(
@@ -100,8 +95,8 @@ class Inside:
         self.keeper = Keeper(self.node.broker.sessions, config.session.ttl)
         self._index = index
         self._connections: set[Connection] = set()
-        # The last connection has gone.
-        self._emptied = asyncio.Event()
+        # The clients are on their way out.
+        self._farewell: Farewell[Connection] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         # The last row of each worker of all nodes, and when it came.
         self._peers: dict[tuple[str, int], tuple[float, Row]] = {}
@@ -136,21 +131,29 @@ class Inside:
         self.spawn(self.keeper.run())
         self.spawn(self.node.listen(self.keeper.channel, self.keeper.on_notice))
 
-    async def close(self, seconds: float) -> None:
-        """Say goodbye to all clients and end everything, within `seconds`."""
-        self.closing = True
-        # A small site is back at once; a large one spreads its return, or it would come back all together.
-        spread = min(self.config.server.drain_seconds, 0.5 + self.board.sockets() / _RETURNS_PER_SECOND)
-        for connection in list(self._connections):
-            connection.end_for_now(CloseCode.RESTART, round(1000 * spread))
-        self._emptied.clear()
-        if self._connections:
-            try:
-                await asyncio.wait_for(self._emptied.wait(), seconds * 0.8)
-            except TimeoutError:
-                pass
+    async def send_away(self, over: float, back: float) -> None:
+        """Send all clients away over so many seconds, each to be back within `back` more.
+
+        Who comes meanwhile leaves as well. Returns when they have gone, at most 2 s after `over`.
+        """
+        begun = time.monotonic()
+        self._farewell = farewell = Farewell(self._connections, over, back, begun)
+        for patience in (_ANSWER_SECONDS, _ANSWER_SECONDS + _GONE_SECONDS):
+            while (now := time.monotonic()) < begun + over + patience:
+                for number, (peer, retry_after) in enumerate(farewell.due(now), 1):
+                    peer.leave(retry_after)
+                    if number % _AT_ONCE == 0:
+                        await asyncio.sleep(0)
+                if not self._connections:
+                    return
+                await asyncio.sleep(_FAREWELL_TICK)
+            for peer in list(self._connections):
+                peer.leave_now()
+
+    async def close(self) -> None:
+        """End everything; the clients have gone."""
         try:
-            await asyncio.wait_for(self.keeper.flush(), seconds * 0.1)
+            await asyncio.wait_for(self.keeper.flush(), _SAVE_SECONDS)
         except TimeoutError:
             logger.warning("not all sessions were saved", extra={"event": "sessions_unsaved"})
         for task in self._tasks:
@@ -161,11 +164,20 @@ class Inside:
     def connect(self, peer: Connection) -> None:
         self._connections.add(peer)
         self.heartbeat.add(peer, time.monotonic())
+        if self._farewell is not None:
+            self._farewell.add(peer)
+            # After the answer to `connect`.
+            asyncio.get_running_loop().call_soon(self._tell_due)
+
+    def _tell_due(self) -> None:
+        assert self._farewell is not None
+        for peer, retry_after in self._farewell.due(time.monotonic()):
+            peer.leave(retry_after)
 
     def disconnect(self, peer: Connection) -> None:
         self._connections.discard(peer)
-        if not self._connections:
-            self._emptied.set()
+        if self._farewell is not None:
+            self._farewell.discard(peer)
         self.heartbeat.remove(peer)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -23,7 +23,6 @@ import gc
 import logging
 import os
 import pickle
-import resource
 import signal
 import socket
 import sys
@@ -39,10 +38,13 @@ from .acceptor import listening_sockets, place
 from .board import Board, State
 from .brokers.embedded import EmbeddedServer, die_with_parent
 from .brokers.redis import check_server
+from .capacity import measure, raise_descriptors
 from .config import Config
 from .errors import ConfigError
 from .forks import ForkLog, pause
 from .reload import compare
+from .systemd import Notifier
+from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +59,6 @@ CLOCK_SECONDS = 0.2
 STOP_SECONDS = 5.0
 # How much longer than `drain_seconds` a worker may take to leave that is replaced.
 GRACE_SECONDS = 5.0
-# A worker that is not heard for so long is reported.
-HUNG_SECONDS = 5.0
 # With which a worker leaves that is to be replaced.
 REPLACE_EXIT = 3
 
@@ -96,6 +96,7 @@ class _Parent:
         if config.redis.url == "embedded:":
             self._embedded = EmbeddedServer(config.redis.data_dir, config.redis.appendfsync)
         self._fork_log = ForkLog(self._board)
+        self._watch = Watch(self._board, Notifier(), self._log_serving)
         # True while `_tick` runs, which a signal may interrupt.
         self._ticking = False
         # When everything stops: when the workers must have left, and who has been told.
@@ -106,14 +107,13 @@ class _Parent:
         # Whose turn it is to be replaced: those to come, and the present one's index, pid and last moment.
         self._queue: list[int] = []
         self._leaving: tuple[int, int, float] | None = None
-        # Whether a worker has served yet, and the pids that hang.
-        self._served = False
-        self._hung: set[int] = set()
 
     def run(self) -> int:
         server = self._config.server
-        _raise_descriptors()
+        raise_descriptors()
         self._sockets = listening_sockets(server.bind, server.port)
+        capacity = measure(server.workers, server.max_connections)
+        logger.info("%s", capacity.sentence(), extra={"event": "capacity"})
         handlers = {
             signal.SIGTERM: self._on_stop,
             signal.SIGINT: self._on_stop,
@@ -216,7 +216,10 @@ class _Parent:
         self._hurry = self._board.stopping
         if not self._hurry:
             self._board.stopping = True
-            self._stop_by = time.monotonic() + self._config.server.drain_delay + STOP_SECONDS
+            seconds = self._config.server.drain_delay + STOP_SECONDS
+            self._stop_by = time.monotonic() + seconds
+            # The embedded server ends after the workers.
+            self._watch.stopping(seconds + STOP_SECONDS)
         else:
             self._stop_by = 0.0
             if self._embedded is not None:
@@ -228,15 +231,18 @@ class _Parent:
     def _on_hangup(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid and not self._board.stopping:
             self._reload_asked = True
+            self._tick()
 
     def _reload(self) -> None:
         """Read the configuration again, and do what is to be done about it."""
+        self._watch.reloading()
         try:
             change = compare(self._given, self._read())
         except ConfigError as error:
             for problem in error.problems:
                 logger.error("SIGHUP: %s", problem, extra={"event": "reload_failed"})
             logger.error("SIGHUP: the old configuration stays", extra={"event": "reload_failed"})
+            self._reloaded()
             return
         for sentence in (*change.taken, *change.replacing):
             logger.info("SIGHUP: %s", sentence, extra={"event": "reload"})
@@ -249,6 +255,12 @@ class _Parent:
         if change.replacing or change.fixed or not handed:
             logger.info("SIGHUP: the workers are replaced one by one", extra={"event": "replacing"})
             self._queue = list(range(self._board.workers))
+        self._reloaded()
+
+    def _reloaded(self) -> None:
+        """Tell that the reload is over, unless workers are still to be replaced."""
+        if self._leaving is None and not self._queue:
+            self._watch.reloaded()
 
     def _hand_over(self, config: Config) -> bool:
         """Have the running workers take over what they can. False: it does not fit on the board."""
@@ -271,6 +283,7 @@ class _Parent:
         self._ticking = True
         try:
             now = time.monotonic()
+            self._watch.tick(now)
             if self._board.stopping:
                 self._stop_workers(now)
             else:
@@ -280,7 +293,6 @@ class _Parent:
                 self._replace_workers(now)
                 if self._embedded is not None:
                     self._embedded.tend(now)
-                self._watch_workers(now)
         except Exception:
             # It must not end `os.wait`, and with it the parent.
             logger.exception("an error in the clock of the parent", extra={"event": "clock_failed"})
@@ -317,26 +329,10 @@ class _Parent:
                 self._leaving = None
                 if not self._queue:
                     logger.info("all workers are replaced", extra={"event": "replaced"})
+                    self._watch.reloaded()
         elif now > leave_by and self._is_child(pid):
             self._log_killed(index, pid)
             os.kill(pid, signal.SIGKILL)
-
-    def _watch_workers(self, now: float) -> None:
-        slots = [slot for slot in self._board.slots() if slot.state in (State.SERVING, State.DRAINING)]
-        if slots and not self._served:
-            self._served = True
-            self._log_serving()
-        hung = {slot.pid for slot in slots if now - slot.heartbeat > HUNG_SECONDS}
-        for pid in hung - self._hung:
-            logger.error(
-                "the worker with pid %d has not been heard for %.0f s",
-                pid,
-                HUNG_SECONDS,
-                extra={"event": "worker_hung"},
-            )
-        for pid in (self._hung - hung) & {slot.pid for slot in slots}:
-            logger.info("the worker with pid %d is heard again", pid, extra={"event": "worker_heard"})
-        self._hung = hung
 
     @staticmethod
     def _is_child(pid: int) -> bool:
@@ -368,11 +364,3 @@ class _Parent:
             self._board.workers,
             extra={"event": "serving"},
         )
-
-
-def _raise_descriptors() -> None:
-    """Use all the descriptors that we may have: each connection needs one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -116,6 +116,18 @@ def summary(rows: Iterable[Row], *, channels: int, version: str, uptime: float) 
     }
 
 
+def status_line(rows: Iterable[Row]) -> str:
+    """A sentence for `systemctl status` from the rows of this node's workers."""
+    rows = list(rows)
+    connections = sum(row["connections"] for row in rows)
+    published, delivered = (sum(row[name] for row in rows) for name in _RATES)
+    redis = "up" if all(row["redisUp"] for row in rows) else "down"
+    return (
+        f"workers: {len(rows)}, connections: {connections}, published: {published:.0f}/s, "
+        f"delivered: {delivered:.0f}/s, Redis: {redis}"
+    )
+
+
 class _Rows(Collector):
     def __init__(self, rows: list[Row], restarts: int, capacity: int) -> None:
         self._rows = rows

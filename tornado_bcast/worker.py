@@ -6,10 +6,19 @@ after the fork.
 
     startup    broker, node and application (the factory), then the acceptor
     serving    until SIGTERM, which the parent sends
-    shutdown   no new connections, the application says goodbye, what is under way ends
+    shutdown   the others take new connections, the clients are sent away, what is under way ends
 
-SIGTERM has one meaning: leave. Whether this worker is replaced, or everything stops, is on the board; then
-there is less time. SIGINT, which a terminal sends to all processes, is for the parent alone. SIGHUP has this
+SIGTERM has one meaning: leave. How depends on what the board says:
+
+- The others go on, and this worker is replaced. They accept in its place, and its clients go to them over
+  `drain_seconds`. Should there be none that accepts, this worker does.
+- There are no others. Then its clients are sent away at once, or those that have come back would be sent away
+  again; it accepts until they have gone, and its successor is there a moment later. They come back over
+  `drain_seconds`.
+- Everything stops. For `drain_delay` nothing changes but `/health/ready`; then as above, but with an end to
+  accepting first.
+
+SIGINT, which a terminal sends to all processes, is for the parent alone. SIGHUP has this
 worker look at the board, whether the parent shows other settings there; nobody is disconnected for that.
 """
 
@@ -21,7 +30,7 @@ import signal
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerConnectionDelegate
@@ -30,16 +39,25 @@ from tornado.netutil import ssl_wrap_socket
 
 from .acceptor import Acceptor
 from .board import Board, State
+from .capacity import most_connections
 from .config import Config
 from .eventloop import new_event_loop, until_tick
+from .farewell import pace
 from .reload import take_over
 from .stream import ClientStream
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.1
-# How long a worker may take to leave when everything stops (`drain_seconds` when it is replaced).
+# How long one that has not started yet may take to leave.
 STOP_SECONDS = 3.0
+# Within how many seconds a client is back that has another worker to go to.
+RETURN_SECONDS = 0.4
+# How long a connection that was just accepted may take to send its request, and requests under way to end.
+REQUEST_SECONDS = 0.3
+ANSWER_SECONDS = 1.0
+# How long the application may take to close.
+CLOSE_SECONDS = 1.0
 _POLL_SECONDS = 0.02
 # What Tornado takes for no limit (httpserver.py).
 _NO_TIMEOUT = 3600.0
@@ -49,13 +67,21 @@ GC_THRESHOLDS = (20_000, 20, 20)
 # Bytes; Tornado's default of 100 MB would be buffered for everybody who sends them.
 _MAX_BODY = 64 * 1024
 
-# Says goodbye to the clients and gives back what the application holds, within the given seconds.
-Close = Callable[[float], Awaitable[None]]
-# Takes over what a running worker can.
-Configure = Callable[[Config], None]
-MakeApplication = Callable[
-    [Config, Board, int], Awaitable[tuple[HTTPServerConnectionDelegate, Close, Configure]]
-]
+
+class Handles(NamedTuple):
+    """What a worker has of its application."""
+
+    application: HTTPServerConnectionDelegate
+    # Takes over what a running worker can.
+    configure: Callable[[Config], None]
+    # Sends all clients away over so many seconds, each to be back within so many more; returns when they
+    # have gone, at most 2 s after the last was told. Who comes meanwhile goes as well.
+    send_away: Callable[[float, float], Awaitable[None]]
+    # Gives back what the application holds.
+    close: Callable[[], Awaitable[None]]
+
+
+MakeApplication = Callable[[Config, Board, int], Awaitable[Handles]]
 
 
 def serve(
@@ -88,9 +114,9 @@ class Connections:
         self.board.remove_peer(stream.peer)
 
     def close_idle(self) -> None:
-        """Close those that wait for a request. Of others the answer is still to come or to be sent."""
+        """Close those that wait for a request. Others are still read, or the answer is to come."""
         for stream in list(self.streams):
-            if stream.reading() and not stream.writing():
+            if stream.reading() and not stream.writing() and not stream.busy:
                 stream.close()
 
 
@@ -108,6 +134,8 @@ class CountedStream(ClientStream):
         self._connections = connections
         # The address under which it is counted.
         self.peer = peer
+        # A request is being read or answered; its handler says so.
+        self.busy = False
         connections.add(self)
 
     def count_as(self, peer: str) -> None:
@@ -149,8 +177,7 @@ class Worker:
         self._tls: ssl.SSLContext | None = None
         self._server: HTTPServer | None = None
         self._acceptor: Acceptor | None = None
-        self._close_application: Close | None = None
-        self._configure: Configure | None = None
+        self._handles: Handles | None = None
 
     async def run(self) -> int:
         leave = asyncio.Event()
@@ -175,12 +202,10 @@ class Worker:
         if server.certfile:
             self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             self._tls.load_cert_chain(server.certfile, server.keyfile)
-        application, self._close_application, self._configure = await self._make_application(
-            self.config, self.board, self.index
-        )
+        self._handles = await self._make_application(self.config, self.board, self.index)
         patience = self.config.limits.handshake_timeout or None
         self._server = HTTPServer(
-            application,
+            self._handles.application,
             idle_connection_timeout=patience,
             # Handlers that have a use for a body set their own bound.
             max_body_size=_MAX_BODY,
@@ -188,7 +213,7 @@ class Worker:
         )
         # What was told between the fork and here.
         self.take_over()
-        self._acceptor = Acceptor(self._sockets, self.board, self._serve_connection)
+        self._acceptor = Acceptor(self._sockets, self.board, self._serve_connection, most_connections())
         # What is here now stays; later collections need not look at it.
         gc.collect()
         gc.freeze()
@@ -199,7 +224,7 @@ class Worker:
 
     def take_over(self) -> None:
         """Take over the settings that the parent shows, if they are new. The parent has checked them."""
-        if self._configure is None or self._server is None:
+        if self._handles is None or self._server is None:
             return
         data = self.board.new_settings()
         if data is None:
@@ -208,37 +233,57 @@ class Worker:
         patience = self.config.limits.handshake_timeout
         self._server.conn_params.header_timeout = patience or _NO_TIMEOUT
         self._server.conn_params.body_timeout = patience or None
-        self._configure(self.config)
+        self._handles.configure(self.config)
         logger.info("worker %d has taken over new settings", self.index, extra={"event": "settings_taken"})
 
     async def drain(self) -> None:
-        """Leave: let a load balancer notice, take no new connections, let those there are come to an end."""
+        """Leave; see the module."""
+        assert self._acceptor is not None and self._handles is not None
         self.board.state = State.DRAINING
         if self.board.stopping:
-            # Nobody else takes the connections that still come, so until then this worker does.
+            # Balancers have time to notice. Nobody else takes the connections that still come.
             await asyncio.sleep(self.config.server.drain_delay)
-        assert self._acceptor is not None and self._close_application is not None
+            self._acceptor.close()
+        if self._is_alone() or not await self._hand_over(self._handles.send_away):
+            seconds = pace(self.board.sockets(), self.config.server.drain_seconds)
+            await self._handles.send_away(0.0, seconds)
         self._acceptor.close()
+        await self._end_requests()
+        try:
+            await asyncio.wait_for(self._handles.close(), CLOSE_SECONDS)
+        except Exception:
+            logger.exception("the application did not close well", extra={"event": "close_failed"})
+
+    def _is_alone(self) -> bool:
+        """Whether no other worker takes connections."""
+        return self.board.lowest(besides=self.index) is None
+
+    async def _hand_over(self, send_away: Callable[[float, float], Awaitable[None]]) -> bool:
+        """Have the clients go to the other workers. False: everything stops before they have gone."""
+        assert self._acceptor is not None
+        seconds = pace(self.board.own_sockets, self.config.server.drain_seconds)
+        going = asyncio.ensure_future(send_away(seconds, RETURN_SECONDS))
+        while not going.done() and not self.board.stopping:
+            if self._is_alone():
+                self._acceptor.resume()
+            else:
+                self._acceptor.pause()
+            await asyncio.wait({going}, timeout=_POLL_SECONDS)
+        if going.done():
+            going.result()
+            return True
+        going.cancel()
+        await asyncio.wait({going})
+        return False
+
+    async def _end_requests(self) -> None:
+        """Wait for requests that are under way, also for those of connections that were just accepted."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        closing = asyncio.ensure_future(self._close_application(self._drain_seconds()))
-        while loop.time() - begun < self._drain_seconds():
-            if closing.done():
+        while self.connections.streams and loop.time() - begun < ANSWER_SECONDS:
+            if loop.time() - begun > REQUEST_SECONDS:
                 self.connections.close_idle()
-                if not self.connections.streams:
-                    break
             await asyncio.sleep(_POLL_SECONDS)
-        if not closing.done():
-            closing.cancel()
-        elif not closing.cancelled() and (error := closing.exception()) is not None:
-            logger.error(
-                "the application did not close well", exc_info=error, extra={"event": "close_failed"}
-            )
-
-    def _drain_seconds(self) -> float:
-        """How long leaving may take; it becomes shorter when, meanwhile, everything stops."""
-        seconds = self.config.server.drain_seconds
-        return min(seconds, STOP_SECONDS) if self.board.stopping else seconds
 
     def _beat(self) -> None:
         self.board.beat()

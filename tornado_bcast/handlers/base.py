@@ -51,10 +51,9 @@ class Context(Protocol):
     metrics: Metrics
     refusals: RefusalLog
     keeper: Keeper
-    # WebSocket connections that may be open at once over all workers.
+    # WebSocket connections that may be open at once over all workers, and on this one.
     capacity: int
-    # The clients are being told to leave: no new ones.
-    closing: bool
+    own_capacity: int
     started: float
 
     @property
@@ -88,6 +87,12 @@ class Connection(Peer, Protocol):
     def end_for_now(self, code: CloseCode, retry_after: int, *, flush: bool = True) -> None:
         """Close it with a reason that says in how many milliseconds, at most, to come back."""
 
+    def leave(self, retry_after: int) -> None:
+        """Send the client away when what it has published is answered; it is to be back after so many ms."""
+
+    def leave_now(self) -> None:
+        """The same without waiting for anything."""
+
     def expire(self) -> None:
         """Close it, for its token has ended."""
 
@@ -98,6 +103,9 @@ class Connection(Peer, Protocol):
 @runtime_checkable
 class CountedByPeer(Protocol):
     """A stream that the worker counts by the address of its peer."""
+
+    # A request is being read or answered.
+    busy: bool
 
     def count_as(self, peer: str) -> None:
         """Count it under another address from now on."""
@@ -180,6 +188,20 @@ class BaseHandler(RequestHandler):
 
     def initialize(self, context: Context) -> None:
         self.context = context
+        self.set_busy(True)
+
+    def on_finish(self) -> None:
+        self.set_busy(False)
+
+    def set_busy(self, busy: bool) -> None:
+        """Have the worker wait, or no longer, for the end of this request when it leaves."""
+        if (stream := self.counted_stream) is not None:
+            stream.busy = busy
+
+    @property
+    def counted_stream(self) -> CountedByPeer | None:
+        stream = getattr(self.request.connection, "stream", None)
+        return stream if isinstance(stream, CountedByPeer) else None
 
     def set_default_headers(self) -> None:
         self.set_header("Server", "tornado-bcast")
@@ -206,6 +228,9 @@ class BaseHandler(RequestHandler):
 
     def prepare(self) -> None:
         """Origins: a foreign page may neither connect nor publish; CORS headers for those that may."""
+        if self.context.draining:
+            # The next request is another worker's.
+            self.set_header("Connection", "close")
         origin = self.request.headers.get("Origin")
         if origin is None:
             return

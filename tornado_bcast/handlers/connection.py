@@ -7,7 +7,6 @@ What is here for each of many thousand connections has slots, and nothing of the
 
 import asyncio
 import logging
-import random
 import time
 from functools import partial
 
@@ -27,16 +26,14 @@ from ..protocol import (
     Subscribe,
     Unsubscribe,
     decode,
-    dump,
     encode_ack,
-    encode_error,
     encode_message,
     encode_ping,
 )
-from ..session import Session
 from ..sink import Sink, SlowConsumer
 from ..stream import ClientStream
 from .base import Context, new_id, now_ms
+from .outgoing import Outgoing
 from .subscriptions import Restored, Subscriptions, make_refusal
 from .wire import Wire
 
@@ -48,33 +45,18 @@ def ping_frames() -> bytes:
     return frame(encode_ping(now_ms())) + frame(b"", PING)
 
 
-class Connection:
+class Connection(Outgoing):
     """An open WebSocket: a Receiver of its wire, the owner of its sink, a Peer of the heartbeat."""
 
-    __slots__ = (
-        "_begun",
-        "_context",
-        "_subscriptions",
-        "_wire",
-        "closed",
-        "expiry",
-        "next_ping",
-        "pinged",
-        "seen",
-        "session",
-        "sink",
-        "slot",
-    )
+    __slots__ = ("_begun", "_subscriptions", "expiry", "next_ping", "pinged", "slot")
 
     def __init__(self, context: Context, stream: ClientStream, *, compressed: bool) -> None:
+        super().__init__(context)
         limits = context.config.limits
-        self._context = context
         direct = not isinstance(stream, SSLIOStream)
         self.sink = Sink(stream, self, limits.max_queue_bytes, direct=direct, compressed=compressed)
         self._wire = Wire(stream, self, limits.max_message_bytes, compressed=compressed)
         self._subscriptions = Subscriptions(context, self)
-        self.session = Session()
-        self.closed = False
         # `connect` has been answered: the connection is counted and registered.
         self._begun = False
         # See heartbeat.Peer.
@@ -87,7 +69,7 @@ class Connection:
     def start(self, head: bytes, session_id: str | None, token: str | None) -> None:
         """Begin by the head of the 101, as whom the token says, with the session of this id, if any."""
         # With the answer to `connect`, if that is made at once.
-        self._answer_soon(head)
+        self.answer_soon(head)
         if token is not None:
             try:
                 self.session.admit(self._context.auth.check_token(token))
@@ -166,20 +148,6 @@ class Connection:
         context.metrics.connections -= 1
         context.board.own_sockets -= 1
 
-    def end(self, code: CloseCode, reason: str = "", *, flush: bool = True) -> None:
-        """Close the connection from our side, after what is queued or in its place."""
-        if self.closed:
-            return
-        if not flush:
-            self.sink.forget()
-        self._wire.close(int(code), reason)
-
-    def end_for_now(self, code: CloseCode, retry_after: int, *, flush: bool = True) -> None:
-        """The same with a reason that says when to come back, within so many ms: another time for each."""
-        self.end(
-            code, dump({"retryAfter": round(retry_after * random.uniform(0.1, 1.0))}).decode(), flush=flush
-        )
-
     # Tokens
 
     def _watch_expiry(self) -> None:
@@ -242,6 +210,9 @@ class Connection:
             command = decode(text)
         except Refusal as refusal:
             self._refuse_frame(refusal)
+            return
+        if self.is_leaving and not isinstance(command, Ack):
+            # As if its goodbye had been said already.
             return
         context = self._context
         try:
@@ -325,11 +296,13 @@ class Connection:
         future = context.node.publish(
             command.channel, rule, message_id, payload, timestamp, given=command.message_id is not None
         )
+        self._unanswered += 1
         future.add_done_callback(partial(self._broadcast_done, command.channel, message_id))
 
     def _broadcast_done(
         self, channel: str | None, message_id: str, future: "asyncio.Future[Receipt]"
     ) -> None:
+        self._unanswered -= 1
         if future.cancelled():
             return
         error = future.exception()
@@ -348,48 +321,10 @@ class Connection:
                     duplicate=receipt.duplicate or None,
                 )
                 # Many of one publisher's come together.
-                self._answer_soon(frame(ack))
+                self.answer_soon(frame(ack))
         elif not self.closed:
             self.refuse_command(make_refusal(error, message_id=message_id, channel=channel))
-
-    # Answers
-
-    def answer(self, payload: bytes) -> None:
-        if not self._wire.is_closing():
-            self.sink.answer(frame(payload))
-
-    def _answer_soon(self, data: bytes) -> None:
-        """At the end of this turn of the loop, together with others."""
-        if self.sink.gather(data):
-            asyncio.get_running_loop().call_soon(self.sink.release)
-
-    def refuse_command(self, refusal: Refusal, command: Command | None = None) -> None:
-        context = self._context
-        if refusal.message_id is None and command is not None:
-            refusal.message_id = getattr(command, "message_id", None)
-        if refusal.channel is None and command is not None:
-            refusal.channel = getattr(command, "channel", None)
-        if refusal.setting:
-            context.refusals.add(
-                self.seen,
-                "limit" if refusal.setting.startswith("[limits]") else "rule",
-                refusal.message,
-                client_id=self.session.client_id,
-                setting=refusal.setting,
-                channel=refusal.channel,
-            )
-        self.answer(
-            encode_error(
-                refusal.code,
-                refusal.message,
-                now_ms(),
-                message_id=refusal.message_id,
-                channel=refusal.channel,
-                retry_after=refusal.retry_after,
-            )
-        )
-        if refusal.code == "rate_limited" and self.session.is_flooding(context.config.limits, self.seen):
-            self.end_for_now(CloseCode.RATE_IGNORED, 5000, flush=False)
+        self._leave_if_done()
 
     def _extra(self, event: str) -> dict[str, str]:
         return {"event": event, "clientId": self.session.client_id}

@@ -12,7 +12,7 @@ from ..compression import negotiate
 from ..errors import Refusal
 from ..protocol import SUBPROTOCOL
 from ..stream import ClientStream
-from .base import BaseHandler, CountedByPeer
+from .base import BaseHandler
 from .connection import Connection
 from .wire import Handshake
 
@@ -50,9 +50,7 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         server = self.context.config.server
         board = self.context.board
         self._count_as_client()
-        if self.context.closing:
-            self.finish_error(503, "unavailable", "This server is stopping; connect again.")
-        elif self.context.capacity <= board.sockets():
+        if board.own_sockets >= self.context.own_capacity or board.sockets() >= self.context.capacity:
             setting = "[server] max_connections"
             self.refuse(
                 Refusal(
@@ -75,11 +73,11 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         self._count_as(self.remote_ip)
 
     def _count_as(self, address: str) -> None:
-        stream = getattr(self.request.connection, "stream", None)
-        if self.context.config.server.trusted_proxies and isinstance(stream, CountedByPeer):
+        if self.context.config.server.trusted_proxies and (stream := self.counted_stream) is not None:
             stream.count_as(address)
 
     def on_finish(self) -> None:
+        super().on_finish()
         # Without an upgrade the proxy may send another client's request next.
         if self.get_status() != 101:
             self._count_as(self.request.remote_ip or "")
@@ -113,7 +111,10 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         self._compressed = agreed is not None
         if agreed is not None:
             lines.append(f"Sec-WebSocket-Extensions: {agreed}")
-        lines += [f"{name}: {value}" for name, value in self._headers.get_all() if name != "Content-Type"]
+        own = ("Connection", "Content-Type")
+        lines += [f"{name}: {value}" for name, value in self._headers.get_all() if name not in own]
+        # From here on the connection has its own way to be waited for.
+        self.set_busy(False)
         self._head = "\r\n".join((*lines, "\r\n")).encode("latin-1")
         return self._detach_stream()
 
