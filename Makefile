@@ -29,3 +29,9 @@ test: lint ## lint and every test; installs what it needs
 
 bench: $(VENV)/test ## the benchmark, at most 10 minutes: bench/RESULTS.md (BENCH=--quick for a smoke run)
 	$(BIN)/python bench/run.py $(BENCH)
+
+install: ## as a service of this machine: PREFIX=/usr/local, DESTDIR; run again it upgrades and keeps what you have set
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' sh systemd/install.sh install
+
+uninstall: ## take the service away again; configuration, keys and data stay
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' sh systemd/install.sh uninstall
