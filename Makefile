@@ -35,3 +35,6 @@ install: ## as a service of this machine: PREFIX=/usr/local, DESTDIR; run again 
 
 uninstall: ## take the service away again; configuration, keys and data stay
 	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' sh systemd/install.sh uninstall
+
+systemd-test: $(VENV)/test ## the installed service under a real systemd, in a Debian machine of its own; as root, 6 minutes
+	@$(BIN)/pytest -n 0 -v -s tests/systemd/check_service.py
