@@ -67,7 +67,7 @@ do_install() {
     if [ -z "$dest" ]; then
         [ "$(id -u)" = 0 ] || fail "make install must be run by root (or with DESTDIR)"
         case $("$python" -c 'import os, sys; print(os.path.realpath(sys.executable))') in
-        /home/* | /root/*) fail "$python lies in a home directory, which the service cannot see: make install PYTHON=/usr/bin/python3" ;;
+        /home/* | /root*) fail "$python lies in a home directory, which the service cannot see: make install PYTHON=/usr/bin/python3" ;;
         esac
     fi
     install_program
