@@ -365,6 +365,7 @@ async def test_reload_takes_over_settings(service: Machine, key: dict[str, str |
         service.write(INI_PATH, INI.replace("rate = 0", "rate = many"))
         assert service.status("systemctl", "reload", UNIT) != 0
         assert await state(service) == "active"
+        assert [line for line in journal(service, "-n", "20") if line["event"] == "reload_failed"]
         assert await rate() == 1000
         await asyncio.sleep(1)
         assert world.connections() == connections
@@ -527,6 +528,7 @@ async def test_tls_by_credentials(service: Machine, tmp_path: Path) -> None:
     drop_in(service, UNIT, recipe("[Service]\n    LoadCredential"))
     service.write(INI_PATH, INI.replace("[server]", "[server]\n" + recipe("certfile")))
     service.run("systemctl", "restart", UNIT)
+    assert service.run("stat", "-c", "%a", f"{place}/privkey.pem") == "600"
     service.run("systemctl", "reload", UNIT)
     context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
     context.check_hostname = False
