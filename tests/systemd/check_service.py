@@ -536,6 +536,22 @@ async def test_tls_by_credentials(service: Machine, tmp_path: Path) -> None:
     assert answer.status == 200
 
 
+@patient
+async def test_a_redis_of_its_own(service: Machine, key: dict[str, str | None]) -> None:
+    """By its Unix socket, which belongs to a group."""
+    binary = service.run("find", "/usr/local/lib/tornado-bcast", "-name", "valkey-server")
+    service.run("sh", "-c", "id -u redis >/dev/null 2>&1 || useradd --system redis")
+    options = "--port 0 --unixsocket /run/redis/redis-server.sock --unixsocketperm 770"
+    unit = ["systemd-run", "--unit=redis-test", "-p", "User=redis", "-p", "RuntimeDirectory=redis"]
+    service.run(*unit, binary, *options.split(), "--save", "")
+    drop_in(service, UNIT, recipe("[Service]\n    SupplementaryGroups"))
+    service.write(INI_PATH, f"{INI}[redis]\nurl = unix:///run/redis/redis-server.sock\n")
+    service.run("systemctl", "restart", UNIT)
+    assert (await http(URL, "POST", "/broadcast", {"channel": "room.own", "data": 1}, key)).status == 200
+    assert "redis.sock" not in str(processes(service))
+    service.run("systemctl", "stop", "redis-test")
+
+
 # The end
 
 

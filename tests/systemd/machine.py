@@ -18,17 +18,20 @@ import subprocess
 import sys
 import tomllib
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 from daemon import ROOT, until
 
+from tornado_bcast.brokers.embedded import die_with_parent
+
 PLACE = ROOT / "build/systemd-test"
-TREE = PLACE / "debian-12"
-WHEELS = PLACE / "wheels"
 # What the tree has besides Debian's minimum. Its Python is 3.11.
-PACKAGES = "systemd,systemd-sysv,dbus,make,python3,python3-venv"
+PACKAGES = "systemd,systemd-sysv,dbus,make,python3,python3-venv,gcc,libc6-dev,python3-dev"
 PYTHON = "3.11"
+TREE = PLACE / f"debian-12-{hashlib.sha256(PACKAGES.encode()).hexdigest()[:8]}"
+WHEELS = PLACE / "wheels"
 # Of the wheels that Debian 12 (glibc 2.36) takes.
 PLATFORMS = ("manylinux2014", "manylinux_2_17", "manylinux_2_28", "manylinux_2_34")
 BOOT_SECONDS = 60.0
@@ -55,7 +58,7 @@ def prepare() -> None:
 def _make_tree() -> None:
     if TREE.exists():
         return
-    say(f"making {TREE.relative_to(ROOT)}, once; about a minute")
+    say(f"making {TREE.relative_to(ROOT)}, once; one or two minutes")
     half = TREE.with_suffix(".half")
     shutil.rmtree(half, ignore_errors=True)
     half.parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +117,8 @@ class Machine:
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=console,
+                # When this process is killed so is nspawn, and with it the machine.
+                preexec_fn=partial(die_with_parent, os.getpid()),
             )
         try:
             until(self._is_up, BOOT_SECONDS)
