@@ -4,7 +4,7 @@
     with Machine() as machine:
         machine.run("systemctl", "is-active", "tornado-bcast")
 
-What is made stays in build/systemd-test/: the tree, which is never written to (each boot has an overlay in
+What is made stays in var/systemd-test/: the tree, which is never written to (each boot has an overlay in
 memory above it), and the wheels that are installed in it without a network. A machine has a network of its
 own, with nothing but loopback; the test's process enters it, so its clients come from there. Needs root.
 """
@@ -26,7 +26,7 @@ from daemon import ROOT, until
 
 from tornado_bcast.brokers.embedded import die_with_parent
 
-PLACE = ROOT / "build/systemd-test"
+PLACE = ROOT / "var/systemd-test"
 # What the tree has besides Debian's minimum. Its Python is 3.11.
 PACKAGES = "systemd,systemd-sysv,dbus,make,python3,python3-venv,gcc,libc6-dev,python3-dev"
 PYTHON = "3.11"
