@@ -13,7 +13,7 @@ import json
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any, NamedTuple, Self
 from uuid import uuid4
@@ -232,7 +232,7 @@ class HttpPublisher:
         # Now and then it does not wait for the answer.
         patience = 0.01 if random.random() < 0.05 and not self._world.calm else 30
         async with asyncio.timeout(patience):
-            answer = await http(self._world.url, "POST", "/broadcast", body, headers=self._world.headers)
+            answer = await http(self._world.url, "POST", "/broadcast", body)
         if answer.status not in (200, 503):
             self._ledger.complain(f"POST /broadcast was answered {answer}")
             return
@@ -315,9 +315,6 @@ class Subscriber:
         self._kind = kind
         self._session: str | None = None
         self._ids = count()
-        # Since when it is without a connection, and for how long it was, each time. Seconds.
-        self.left: float | None = None
-        self.away: list[float] = []
         # In a tunnel: what the server sends is lost with the connection.
         self._tunnel = False
 
@@ -331,7 +328,6 @@ class Subscriber:
             except TROUBLE:
                 failures += 1
                 wait = 0.0
-            self.left = self.left or time.monotonic()
             await asyncio.sleep(max(wait, _pause(failures)))
 
     def _judge(self, code: int | None, reason: str) -> float:
@@ -397,9 +393,6 @@ class Subscriber:
         """`connect` is answered: what was restored goes on, the rest is subscribed."""
         if event["type"] != "ack" or event["op"] != "connect":
             self._ledger.complain(f"{self._name}: the first frame is {event}")
-        if self.left is not None:
-            self.away.append(time.monotonic() - self.left)
-            self.left = None
         self._ledger.counts["connections"] += 1
         self._ledger.counts["resumed"] += event["resumed"]
         self._ledger.counts["not resumed"] += self._session is not None and not event["resumed"]
@@ -526,20 +519,12 @@ class Subscriber:
 
 class World:
     """Three publishers and twenty subscribers. All run inside `async with`, the publishers until
-    `finish_publishing`. `headers` is what HTTP publishers send along, such as a key."""
+    `finish_publishing`."""
 
     SUBSCRIBERS = 20
 
-    def __init__(
-        self,
-        url: str,
-        channels: list[str],
-        *,
-        old_sessions: bool = False,
-        headers: Mapping[str, str | None] | None = None,
-    ) -> None:
+    def __init__(self, url: str, channels: list[str], *, old_sessions: bool = False) -> None:
         self.url = url
-        self.headers = headers
         self.ws_url = "ws" + url.removeprefix("http")
         self.channels = channels
         self.ledger = Ledger()
@@ -566,7 +551,7 @@ class World:
         )
         wide = len(self.channels) if number % 5 == 0 else 2
         channels = [self.channels[(number + step) % len(self.channels)] for step in range(wide)]
-        return Subscriber(self, f"s{number}", channels, kinds[number % len(kinds)])
+        return Subscriber(self, f"s{number}", channels, kinds[number])
 
     def lines(self) -> Iterator[tuple[str, Line]]:
         for subscriber in self.subscribers:
