@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run lint test bench conformance image-test
+.PHONY: help run lint test bench conformance image-test systemd-test install uninstall
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -37,3 +37,12 @@ conformance: $(VENV)/test ## the whole Autobahn TestSuite, about 13 minutes; ins
 
 image-test: $(VENV)/test ## build the Dockerfile with buildah and run the image: needs root, buildah and debootstrap
 	@$(BIN)/pytest -n 0 -v -rP tests/image/check_image.py
+
+install: ## as a service of this machine: PREFIX=/usr/local, DESTDIR; run again it upgrades and keeps what you have set
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' sh systemd/install.sh install
+
+uninstall: ## take the service away again; configuration, keys and data stay
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' sh systemd/install.sh uninstall
+
+systemd-test: $(VENV)/test ## the installed service under a real systemd, in a Debian machine of its own; as root, 6 minutes
+	@$(BIN)/pytest -n 0 -v -s tests/systemd/check_service.py

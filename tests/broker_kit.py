@@ -13,7 +13,9 @@ from tornado_bcast.brokers import Broker, BusMessage, Publication
 TEST_TIMEOUT = 60.0
 
 
-def asynchronous(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+def asynchronous(
+    test: Callable[..., Coroutine[Any, Any, None]], seconds: float = TEST_TIMEOUT
+) -> Callable[..., None]:
     """Run a test in a loop of its own, which must be empty at its end and must not have complained."""
 
     @functools.wraps(test)
@@ -22,7 +24,7 @@ def asynchronous(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...
 
         async def whole() -> None:
             asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-            async with asyncio.timeout(TEST_TIMEOUT):
+            async with asyncio.timeout(seconds):
                 await test(*args, **kwargs)
             left = asyncio.all_tasks() - {asyncio.current_task()}
             assert not left, left

@@ -17,7 +17,7 @@ import random
 import resource
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from itertools import count
 from typing import Any, Self
@@ -182,9 +182,13 @@ class Member(asyncio.Protocol):
 class Crowd:
     """See the module."""
 
-    def __init__(self, url: str, clients: int, channels: int) -> None:
+    def __init__(
+        self, url: str, clients: int, channels: int, *, headers: Mapping[str, str | None] | None = None
+    ) -> None:
+        """`headers` go with each HTTP request, such as a key."""
         parts = urlsplit(url)
         self.url = url
+        self.headers = headers
         self.host = parts.netloc
         self.address = parts.hostname, parts.port
         self.channels = [f"crowd.{number}" for number in range(channels)]
@@ -293,7 +297,7 @@ class Crowd:
         begun = time.monotonic()
         while True:
             try:
-                answer = await http(self.url, "POST", "/broadcast", message)
+                answer = await http(self.url, "POST", "/broadcast", message, self.headers)
                 if answer.status == 200:
                     break
                 self.counts[f"HTTP {answer.status}"] += 1
@@ -338,7 +342,8 @@ class Crowd:
                 await asyncio.sleep(0.05)
         kept: list[str] = []
         for channel in self.channels:
-            answer = await http(self.url, "GET", f"/channels/{channel}/history?limit=1000")
+            path = f"/channels/{channel}/history?limit=1000"
+            answer = await http(self.url, "GET", path, headers=self.headers)
             ids = [message["messageId"] for message in answer.json["messages"]]
             kept += ids
             for member in self.members:

@@ -69,7 +69,10 @@ __init__
 # In C, with a stand-in in Python.
 EXTENSIONS = {"_direct"}
 # No sockets, no clock, no loop: these are fed, and asked.
-SANS_IO = "protocol rules session delivery hub topic frames compression wheel heartbeat metrics errors farewell".split()
+SANS_IO = {
+    *("protocol", "rules", "session", "delivery", "hub", "topic", "frames", "compression", "wheel"),
+    *("heartbeat", "metrics", "errors", "farewell"),
+}
 IO = {"asyncio", "tornado", "redis", "socket", "ssl", "time", "threading", "select", "selectors"}
 
 
