@@ -37,7 +37,7 @@ handlers.websocket handlers.broadcast handlers.status
 handlers.connection
 handlers.subscriptions handlers.wire
 handlers.base
-node keeper
+node keeper overload
 dispatch
 session topic reader
 brokers.redis
@@ -61,7 +61,7 @@ __init__
 # In C, with a stand-in in Python.
 EXTENSIONS = {"_direct"}
 # No sockets, no clock, no loop: these are fed, and asked.
-SANS_IO = "protocol rules session delivery hub topic frames wheel heartbeat metrics errors".split()
+SANS_IO = "protocol rules session delivery hub topic frames wheel heartbeat metrics errors overload".split()
 IO = {"asyncio", "tornado", "redis", "socket", "ssl", "time", "threading", "select", "selectors"}
 
 

@@ -20,16 +20,17 @@ from .brokers.memory import MemoryBroker
 from .brokers.redis import RedisBroker
 from .config import Config
 from .errors import CloseCode
-from .eventloop import until_tick
+from .eventloop import EVENTS_A_TURN, LagMeter, until_tick
 from .handlers import make_routes
-from .handlers.base import Connection
-from .handlers.connection import ping_frames
+from .handlers.base import Connection, now_ms
+from .handlers.wire import ping_frames
 from .heartbeat import TICK, Heartbeat
 from .hub import Hub
 from .keeper import Keeper
 from .logs import RefusalLog
 from .metrics import Metrics, Row
 from .node import Node
+from .overload import Overload
 from .rules import ChannelRules, Origins
 from .wheel import Wheel
 
@@ -88,6 +89,7 @@ class Inside:
         self.capacity = config.server.max_connections or board.workers * _descriptors_for_clients()
         self.closing = False
         self.started = time.monotonic()
+        self.overload = Overload(config.limits.max_lag)
         self.configure(config)
         self.node = Node(
             make_broker(config),
@@ -100,9 +102,13 @@ class Inside:
         self.keeper = Keeper(self.node.broker.sessions, config.session.ttl)
         self._index = index
         self._connections: set[Connection] = set()
+        # Of connections of which a message was refused for overload: they are heard again at the next tick.
+        self._held: list[Callable[[], None]] = []
         # The last connection has gone.
         self._emptied = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        # From `start` on.
+        self._lag_meter: LagMeter
         # The last row of each worker of all nodes, and when it came.
         self._peers: dict[tuple[str, int], tuple[float, Row]] = {}
 
@@ -112,6 +118,7 @@ class Inside:
         self.auth = Authenticator(config.auth)
         self.rules = ChannelRules(config.channels)
         self.origins = Origins(config.cors.origins)
+        self.overload.max_lag = config.limits.max_lag
 
     def reconfigure(self, config: Config) -> None:
         """The same while clients are connected: what they may no longer hear ends."""
@@ -131,6 +138,7 @@ class Inside:
 
     async def start(self) -> None:
         await self.node.start(self._row)
+        self._lag_meter = LagMeter(TICK, self._on_lag)
         self.spawn(self._turn_heartbeat())
         self.spawn(self._tell_row())
         self.spawn(self.keeper.run())
@@ -156,6 +164,7 @@ class Inside:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._lag_meter.close()
         await self.node.close()
 
     def connect(self, peer: Connection) -> None:
@@ -167,6 +176,17 @@ class Inside:
         if not self._connections:
             self._emptied.set()
         self.heartbeat.remove(peer)
+
+    def hold(self, go_on: Callable[[], None]) -> None:
+        self._held.append(go_on)
+
+    async def _let_go(self) -> None:
+        """A few in each turn of the loop: each of them may have a lot to say."""
+        held, self._held = self._held, []
+        for number, go_on in enumerate(held, 1):
+            go_on()
+            if number % EVENTS_A_TURN == 0:
+                await asyncio.sleep(0)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -182,14 +202,11 @@ class Inside:
 
     async def _turn_heartbeat(self) -> None:
         while True:
-            wait = until_tick(TICK)
-            due = time.monotonic() + wait
-            await asyncio.sleep(wait)
+            await asyncio.sleep(until_tick(TICK))
             now = time.monotonic()
-            self.metrics.loop_lag = now - due
             ping, dead = self.heartbeat.turn(now)
             if ping:
-                frames = ping_frames()
+                frames = ping_frames(now_ms())
                 for peer in ping:
                     peer.sink.answer(frames)
             for peer in dead:
@@ -197,6 +214,21 @@ class Inside:
             # Tokens end by the clock on the wall.
             for peer in self.expiries.expired(time.time()):
                 peer.expire()
+
+    def _on_lag(self, lag: float, now: float) -> None:
+        self.metrics.loop_lag = lag
+        if self._held:
+            self.spawn(self._let_go())
+        if not self.overload.observe(lag, now):
+            return
+        if self.overload.active:
+            logger.warning(
+                "this worker is overloaded: it is %.1f s late, and refuses new connections and publishes",
+                lag,
+                extra={"event": "overloaded"},
+            )
+        else:
+            logger.info("this worker is no longer overloaded", extra={"event": "overload_over"})
 
     async def _tell_row(self) -> None:
         """Put this worker's row on the board, for its siblings; the broker carries it to the other nodes."""

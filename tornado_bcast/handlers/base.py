@@ -7,7 +7,7 @@ import ipaddress
 import logging
 import secrets
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from ipaddress import IPv4Address, IPv6Address
 from types import TracebackType
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -27,6 +27,7 @@ from ..keys import ApiKey
 from ..logs import RefusalLog
 from ..metrics import Metrics, Row
 from ..node import Node
+from ..overload import Overload
 from ..protocol import dump
 from ..rules import ChannelRules, Origins, take_tokens
 from ..sink import Sink
@@ -53,6 +54,7 @@ class Context(Protocol):
     metrics: Metrics
     refusals: RefusalLog
     keeper: Keeper
+    overload: Overload
     # WebSocket connections that may be open at once over all workers.
     capacity: int
     # The clients are being told to leave: no new ones.
@@ -68,6 +70,9 @@ class Context(Protocol):
 
     def disconnect(self, peer: "Connection") -> None:
         """It has been closed."""
+
+    def hold(self, go_on: Callable[[], None]) -> None:
+        """Have somebody whose message was refused for overload wait, until the load may have changed."""
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something to its end, or to that of the worker."""

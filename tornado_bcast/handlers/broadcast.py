@@ -75,6 +75,7 @@ class BroadcastHandler(BaseHandler):
 
     async def post(self) -> None:
         try:
+            self.context.overload.check()
             if self._size > self._limit:
                 raise self._too_large()
             items = self._items()
