@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run lint test bench
+.PHONY: help run lint test bench stress
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -29,3 +29,6 @@ test: lint ## lint and every test; installs what it needs
 
 bench: $(VENV)/test ## the benchmark, at most 10 minutes: bench/RESULTS.md (BENCH=--quick for a smoke run)
 	$(BIN)/python bench/run.py $(BENCH)
+
+stress: $(VENV)/test ## too much of everything on the real daemon, some 10 minutes (STRESS=--quick, or a part's name)
+	$(BIN)/python tests/stress.py $(STRESS)
