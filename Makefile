@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run lint test bench conformance image-test systemd-test install uninstall
+.PHONY: help run lint test bench stress conformance image-test systemd-test install uninstall
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -46,3 +46,6 @@ uninstall: ## take the service away again; configuration, keys and data stay
 
 systemd-test: $(VENV)/test ## the installed service under a real systemd, in a Debian machine of its own; as root, 6 minutes
 	@$(BIN)/pytest -n 0 -v -s tests/systemd/check_service.py
+
+stress: $(VENV)/test ## too much of everything on the real daemon, some 10 minutes (STRESS=--quick, or a part's name)
+	$(BIN)/python tests/stress.py $(STRESS)

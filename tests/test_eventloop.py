@@ -2,8 +2,9 @@
 
 import asyncio
 import socket
+import time
 
-from tornado_bcast.eventloop import EVENTS_A_TURN, BoundedSelector, new_event_loop, until_tick
+from tornado_bcast.eventloop import EVENTS_A_TURN, BoundedSelector, LagMeter, new_event_loop, until_tick
 
 
 def test_a_turn_serves_so_many_and_the_next_ones_the_rest() -> None:
@@ -58,3 +59,38 @@ def test_regular_turns_come_together() -> None:
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         assert len(runner.run(run())) == 1
+
+
+def test_lag_is_how_long_a_socket_waits_for_its_turn() -> None:
+    """Many short turns of a busy loop come before it, which a timer would not notice."""
+    pairs = [socket.socketpair() for _ in range(5 * EVENTS_A_TURN)]
+    turn = EVENTS_A_TURN * 0.001
+    lags: list[float] = []
+
+    async def run(busy: int) -> float:
+        loop = asyncio.get_running_loop()
+        lags.clear()
+        meter = LagMeter(0.05, lambda lag, now: lags.append(lag))
+        for near, far in pairs[:busy]:
+            far.send(b"x")
+            # Nobody reads it away, so it is ready in each turn.
+            loop.add_reader(near, time.sleep, 0.001)
+        while len(lags) < 4:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        for near, _ in pairs[:busy]:
+            loop.remove_reader(near)
+        meter.close()
+        meter.close()
+        told = len(lags)
+        await asyncio.sleep(0.15)
+        assert len(lags) == told
+        return max(lags)
+
+    try:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            assert runner.run(run(len(pairs))) > 3 * turn
+            assert runner.run(run(0)) >= 0
+    finally:
+        for near, far in pairs:
+            near.close()
+            far.close()

@@ -24,7 +24,7 @@ from tornado_bcast import __version__
 from tornado_bcast.cli import build_parser
 from tornado_bcast.errors import HTTP_STATUS, CloseCode, ErrorCode
 from tornado_bcast.handlers import make_routes
-from tornado_bcast.handlers.base import Context
+from tornado_bcast.handlers.context import Context
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tornado_bcast"
@@ -43,7 +43,8 @@ handlers.connection
 handlers.outgoing
 handlers.subscriptions handlers.wire
 handlers.base
-node keeper
+handlers.context
+node keeper overload
 dispatch
 session topic reader
 brokers.redis
@@ -70,7 +71,7 @@ __init__
 EXTENSIONS = {"_direct"}
 # No sockets, no clock, no loop: these are fed, and asked.
 SANS_IO = """
-protocol rules session delivery hub topic frames compression wheel heartbeat metrics errors farewell
+protocol rules session delivery hub topic frames compression wheel heartbeat metrics errors farewell overload
 """
 IO = {"asyncio", "tornado", "redis", "socket", "ssl", "time", "threading", "select", "selectors"}
 

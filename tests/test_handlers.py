@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from broker_kit import until
-from tornado.httpclient import AsyncHTTPClient, HTTPResponse
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
 from tornado.web import Application
@@ -217,6 +217,54 @@ async def test_a_worker_that_drains(
     # One whose request was on its way.
     socket = await connect()
     assert (await socket.closed())[0] == 1012
+
+
+@pytest.mark.logs("overloaded")
+@pytest.mark.gen_test
+async def test_an_overloaded_worker(
+    connect: Connect, http_client: AsyncHTTPClient, base_url: str, inside: Inside
+) -> None:
+    """It takes nothing more, goes on delivering, and recovers by itself. The lag is told here."""
+    inside._lag_meter.close()
+    socket, publisher = await connect(), await connect()
+    await socket.ask(type="subscribe", channel="a")
+    inside._on_lag(10.0, 100.0)
+
+    with pytest.raises(HTTPClientError) as caught:
+        await connect()
+    assert caught.value.code == 503
+    assert caught.value.response is not None and int(caught.value.response.headers["Retry-After"]) >= 1
+    body = {"channel": "a", "data": 1}
+    answer = await fetch(http_client, base_url + "/broadcast", body)
+    assert (answer.code, json.loads(answer.body)["error"]["code"]) == (503, "unavailable")
+    assert int(answer.headers["Retry-After"]) >= 1
+    error = await publisher.ask(type="broadcast", messageId="m", **body)
+    assert (error["code"], error["messageId"], error["channel"]) == ("unavailable", "m", "a")
+    assert error["retryAfter"] > 0
+    for path, status in (("/health", 503), ("/health/ready", 200), ("/health/live", 200), ("/stats", 200)):
+        assert (await fetch(http_client, base_url + path)).code == status, path
+    health = json.loads((await fetch(http_client, base_url + "/health")).body)
+    assert (health["status"], health["redis"], health["overloaded"]) == ("degraded", "up", True)
+
+    # What has been taken is delivered, and other requests are answered.
+    rule = inside.rules.find("a")
+    await inside.node.publish("a", rule, "n", b'{"type":"message","data":0}', 0, given=True)
+    assert (await socket.read())["data"] == 0
+    assert (await socket.ask(type="subscribe", channel="b"))["op"] == "subscribe"
+
+    # Whoever was refused is heard again at the next tick: refused once more, or taken.
+    for number in range(3):
+        await publisher.connection.write_message(json.dumps({"type": "broadcast", "messageId": "o", **body}))
+        inside._on_lag(0.4 if number < 2 else 0.1, 101.0 + number)
+        answer = await publisher.read()
+        assert (answer["type"], answer["messageId"]) == ("ack" if number == 2 else "error", "o")
+    assert (await socket.read())["data"] == 1
+    assert inside.overload.active
+    inside._on_lag(0.1, 110.0)
+    assert not inside.overload.active
+    health = json.loads((await fetch(http_client, base_url + "/health")).body)
+    assert health["status"] == "ok" and "overloaded" not in health
+    assert (await fetch(http_client, base_url + "/broadcast", body)).code == 200
 
 
 @pytest.mark.gen_test

@@ -1,5 +1,6 @@
 """What comes from a client, on real sockets. With TLS: test_workers.py."""
 
+import asyncio
 import socket
 
 import pytest
@@ -120,3 +121,45 @@ async def test_nothing_is_told_after_it_was_closed_from_within() -> None:
         client.peer.send(b"a")
         await until(lambda: client.ends)
         assert client.heard == [b"a"]
+
+
+@asynchronous
+async def test_one_that_is_held_leaves_everything_to_the_kernel() -> None:
+    """Whether it writes meanwhile or not, and without the loop turning for it; the end is seen afterwards."""
+    with Client() as client:
+        client.receive()
+        client.peer.send(b"a")
+        await client.hears(b"a")
+        client.stream.hold()
+        client.peer.send(b"b")
+        await client.stream.write(b"x" * 100)
+        looked = 0
+        handle = client.stream._handle_events
+
+        def count(fd: object, events: int) -> None:
+            nonlocal looked
+            looked += 1
+            handle(fd, events)
+
+        client.stream._handle_events = count  # type: ignore[method-assign]
+        await asyncio.sleep(0.05)
+        assert client.heard == [b"a"] and not looked
+        client.stream.go_on()
+        await client.hears(b"ab")
+
+        # From within, as a refusal does it; then the peer goes.
+        def received(data: bytes) -> None:
+            client.heard.append(data)
+            client.stream.hold()
+
+        client.stream._received = received
+        client.peer.send(b"c")
+        await client.hears(b"abc")
+        client.peer.send(b"d")
+        client.peer.close()
+        await asyncio.sleep(0.05)
+        assert client.heard[-1] == b"c" and not client.ends
+        client.stream.go_on()
+        await client.hears(b"abcd")
+        client.stream.go_on()
+        await until(lambda: client.ends)

@@ -8,7 +8,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from .auth import Authenticator
@@ -19,17 +19,18 @@ from .brokers.redis import RedisBroker
 from .capacity import most_clients
 from .config import Config
 from .errors import CloseCode
-from .eventloop import until_tick
+from .eventloop import EVENTS_A_TURN, LagMeter, until_tick
 from .farewell import Farewell
 from .handlers import make_routes
-from .handlers.base import Connection
-from .handlers.connection import ping_frames
+from .handlers.context import Connection, now_ms
+from .handlers.wire import ping_frames
 from .heartbeat import TICK, Heartbeat
 from .hub import Hub
 from .keeper import Keeper
 from .logs import RefusalLog
 from .metrics import Metrics, Row
 from .node import Node
+from .overload import Overload
 from .rules import ChannelRules, Origins
 from .wheel import Wheel
 from .worker import Handles
@@ -83,6 +84,7 @@ class Inside:
         self.own_capacity = most_clients()
         self.capacity = config.server.max_connections or board.workers * self.own_capacity
         self.started = time.monotonic()
+        self.overload = Overload(config.limits.max_lag)
         self.configure(config)
         self.node = Node(
             make_broker(config),
@@ -97,7 +99,11 @@ class Inside:
         self._connections: set[Connection] = set()
         # The clients are on their way out.
         self._farewell: Farewell[Connection] | None = None
+        # Of connections of which a message was refused for overload: they are heard again at the next tick.
+        self._held: list[Callable[[], None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        # From `start` on.
+        self._lag_meter: LagMeter
         # The last row of each worker of all nodes, and when it came.
         self._peers: dict[tuple[str, int], tuple[float, Row]] = {}
 
@@ -107,6 +113,7 @@ class Inside:
         self.auth = Authenticator(config.auth)
         self.rules = ChannelRules(config.channels)
         self.origins = Origins(config.cors.origins)
+        self.overload.max_lag = config.limits.max_lag
 
     def reconfigure(self, config: Config) -> None:
         """The same while clients are connected: what they may no longer hear ends."""
@@ -126,6 +133,7 @@ class Inside:
 
     async def start(self) -> None:
         await self.node.start(self._row)
+        self._lag_meter = LagMeter(TICK, self._on_lag)
         self.spawn(self._turn_heartbeat())
         self.spawn(self._tell_row())
         self.spawn(self.keeper.run())
@@ -159,6 +167,7 @@ class Inside:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._lag_meter.close()
         await self.node.close()
 
     def connect(self, peer: Connection) -> None:
@@ -180,6 +189,17 @@ class Inside:
             self._farewell.discard(peer)
         self.heartbeat.remove(peer)
 
+    def hold(self, go_on: Callable[[], None]) -> None:
+        self._held.append(go_on)
+
+    async def _let_go(self) -> None:
+        """A few in each turn of the loop: each of them may have a lot to say."""
+        held, self._held = self._held, []
+        for number, go_on in enumerate(held, 1):
+            go_on()
+            if number % EVENTS_A_TURN == 0:
+                await asyncio.sleep(0)
+
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -194,14 +214,11 @@ class Inside:
 
     async def _turn_heartbeat(self) -> None:
         while True:
-            wait = until_tick(TICK)
-            due = time.monotonic() + wait
-            await asyncio.sleep(wait)
+            await asyncio.sleep(until_tick(TICK))
             now = time.monotonic()
-            self.metrics.loop_lag = now - due
             ping, dead = self.heartbeat.turn(now)
             if ping:
-                frames = ping_frames()
+                frames = ping_frames(now_ms())
                 for peer in ping:
                     peer.sink.answer(frames)
             for peer in dead:
@@ -209,6 +226,21 @@ class Inside:
             # Tokens end by the clock on the wall.
             for peer in self.expiries.expired(time.time()):
                 peer.expire()
+
+    def _on_lag(self, lag: float, now: float) -> None:
+        self.metrics.loop_lag = lag
+        if self._held:
+            self.spawn(self._let_go())
+        if not self.overload.observe(lag, now):
+            return
+        if self.overload.active:
+            logger.warning(
+                "this worker is overloaded: it is %.1f s late, and refuses new connections and publishes",
+                lag,
+                extra={"event": "overloaded"},
+            )
+        else:
+            logger.info("this worker is no longer overloaded", extra={"event": "overload_over"})
 
     async def _tell_row(self) -> None:
         """Put this worker's row on the board, for its siblings; the broker carries it to the other nodes."""

@@ -9,6 +9,7 @@ Owns names and numbers only; imports nothing of the package.
     +-- Unavailable          the broker did not take (or may not have taken) something; try again later
 """
 
+import random
 from enum import IntEnum
 from typing import Literal
 
@@ -42,6 +43,11 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     "history_lost": 410,
     "internal": 500,
 }
+
+
+def later() -> int:
+    """Milliseconds after which a client should try again; not the same for all."""
+    return random.randint(500, 1500)
 
 
 class CloseCode(IntEnum):

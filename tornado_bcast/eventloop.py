@@ -9,6 +9,7 @@ import asyncio
 import os
 import select
 import selectors
+from collections.abc import Callable
 
 # Sockets that one turn serves: some milliseconds of work where each of them is a new connection.
 EVENTS_A_TURN = 64
@@ -37,6 +38,46 @@ class BoundedSelector(selectors.EpollSelector):
     def close(self) -> None:
         self._bounded.close()
         super().close()
+
+
+class LagMeter:
+    """Measures, each `interval` seconds, how late the running loop serves a socket.
+
+    An event is made ready at a regular moment and waits for its turn among those of the clients. A timer
+    alone would not tell: with thousands of busy sockets every turn of the loop is short, and yet each of them
+    waits for many turns. `tell(lag, now)` is called with seconds, `now` on the loop's clock.
+    """
+
+    def __init__(self, interval: float, tell: Callable[[float, float], None]) -> None:
+        self._interval = interval
+        self._tell = tell
+        self._loop = asyncio.get_running_loop()
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # When the event was to be made ready; on the loop's clock.
+        self._due = 0.0
+        self._timer: asyncio.TimerHandle
+        self._loop.add_reader(self._event, self._served)
+        self._wait()
+
+    def close(self) -> None:
+        """May be called again."""
+        if self._event >= 0:
+            self._timer.cancel()
+            self._loop.remove_reader(self._event)
+            os.close(self._event)
+            self._event = -1
+
+    def _wait(self) -> None:
+        wait = until_tick(self._interval)
+        self._due = self._loop.time() + wait
+        self._timer = self._loop.call_at(self._due, os.eventfd_write, self._event, 1)
+
+    def _served(self) -> None:
+        os.eventfd_read(self._event)
+        now = self._loop.time()
+        lag = now - self._due
+        self._wait()
+        self._tell(lag, now)
 
 
 def until_tick(seconds: float) -> float:

@@ -8,12 +8,13 @@ included.
 import asyncio
 import ssl
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from tornado.iostream import IOStream
 
-# What one look at a socket brings at most.
-_buffer = memoryview(bytearray(65536))
+# What one look at a socket brings at most. A turn of the loop has up to 64 (eventloop.py), so this bounds
+# what a turn makes of small frames: its length, and what comes to one subscriber at once.
+_buffer = memoryview(bytearray(16 * 1024))
 
 
 class Closing(Protocol):
@@ -29,6 +30,8 @@ class ClientStream(IOStream):
     sink: Closing | None = None
     _received: Callable[[bytes], None] | None = None
     _ended: Callable[[], None] | None = None
+    # Nothing is read, not even to learn of the peer's end.
+    _held = False
 
     def receive(self, received: Callable[[bytes], None], ended: Callable[[], None]) -> None:
         """Call `received` with all bytes from now on, and `ended` once, a turn after the stream has closed.
@@ -46,6 +49,33 @@ class ClientStream(IOStream):
         self._received, self._ended = received, ended
         self._add_io_state(self.io_loop.READ)
 
+    def hold(self) -> None:
+        """Leave what comes to the kernel, which makes the peer wait, until `go_on`."""
+        self._held = True
+        self._look_away()
+
+    def go_on(self) -> None:
+        self._held = False
+        if not self.closed():
+            self._add_io_state(self.io_loop.READ)
+            if self._pending():
+                asyncio.get_running_loop().call_soon(self._handle_read)
+
+    def _look_away(self) -> None:
+        if not self.closed() and self._state is not None and self._state & self.io_loop.READ:
+            self._state &= ~self.io_loop.READ
+            self.io_loop.update_handler(self.fileno(), self._state)
+
+    def _handle_events(self, fd: Any, events: int) -> None:
+        super()._handle_events(fd, events)
+        if self._held:
+            # It has taken up reading again, if only to see the end.
+            self._look_away()
+
+    def _pending(self) -> bool:
+        """Whether TLS holds something already, of which the loop would never hear."""
+        return isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
+
     def reading(self) -> bool:
         return self._received is not None or super().reading()
 
@@ -54,7 +84,7 @@ class ClientStream(IOStream):
             super()._handle_read()
             return
         more = True
-        while more and not self.closed():
+        while more and not self._held and not self.closed():
             try:
                 size = self.read_from_fd(_buffer)
             except OSError as error:
@@ -64,8 +94,7 @@ class ClientStream(IOStream):
                 self.close()
             elif size:
                 self._received(bytes(_buffer[:size]))
-            # Of what TLS holds already the loop would never hear.
-            more = bool(size) and isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
+            more = bool(size) and self._pending()
 
     def close_fd(self) -> None:
         if self.sink is not None:

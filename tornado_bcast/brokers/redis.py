@@ -26,6 +26,7 @@ from tornado_bcast.brokers.redis_commands import (
     Info,
     Names,
     PlainPublish,
+    ProbeWrite,
     Read,
     ScriptPublish,
     Tokens,
@@ -154,6 +155,8 @@ class RedisBroker:
             if now >= sing_at:
                 sing_at = max(sing_at + INTERVAL, now)
                 self._canary.sing()
+                if self._condition.refusal is not None:
+                    self._publications.submit(ProbeWrite(self._names)).add_done_callback(self._writes_again)
             if heard != self._bridge.heard:
                 heard, lively_at = self._bridge.heard, now
             ready_since = self._bridge.ready_since
@@ -172,6 +175,10 @@ class RedisBroker:
         self._condition.judge(server)
         for link in (self._publish_link, self._command_link):
             link.server.replid = server.replid
+
+    def _writes_again(self, probe: asyncio.Future[None]) -> None:
+        if not probe.cancelled() and probe.exception() is None:
+            self._condition.refusal = None
 
     def _send_row(self, data: bytes) -> asyncio.Future[Receipt]:
         return self._publications.submit(PlainPublish(self._names.workers, data))

@@ -151,6 +151,24 @@ class ScriptPublish(Command[Receipt]):
         return Receipt(duplicate == 1, int(seq), epoch.decode())
 
 
+class ProbeWrite(Command[None]):
+    """A write that means nothing: whether Redis takes one."""
+
+    __slots__ = ("_key",)
+
+    replicated = True
+
+    def __init__(self, names: Names) -> None:
+        super().__init__()
+        self._key = f"{names.prefix}:probe"
+
+    def pack(self, server: Server) -> bytes:
+        return pack((b"SET", self._key, b"", b"PX", 1000))
+
+    def decode(self, answer: Any, server: Server) -> None:
+        """It was taken."""
+
+
 class Read(Command[History]):
     """read.lua. Done twice it is the same."""
 

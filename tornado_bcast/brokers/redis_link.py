@@ -197,6 +197,8 @@ class Condition:
         self._reason = ""
         # What a server that answers should have otherwise.
         self._fault: str | None = None
+        # Why it refuses whatever is to be stored; None: it does not.
+        self.refusal: str | None = None
         # Whether it has become a replica under our hands: what is published there reaches nobody elsewhere.
         self._replica = False
 
@@ -206,7 +208,7 @@ class Condition:
 
     @property
     def problem(self) -> str | None:
-        return self._reason if self._down else self._fault
+        return self._reason if self._down else self.refusal or self._fault
 
     def lost(self, link: str, error: BaseException, now: float) -> None:
         reason = explain(error)
@@ -315,6 +317,10 @@ class Link:
         """Do once more what the connection was prepared with."""
         if self._prepare is not None:
             await self._prepare(connection)
+
+    def refused(self, reason: str) -> None:
+        """The server takes nothing that is to be stored, and says why."""
+        self._condition.refusal = reason
 
     def succeeded(self) -> None:
         """The connection has done what it is for."""

@@ -6,7 +6,6 @@ command says and what its answer means is the business of `redis_commands.py`.
 
 import asyncio
 import logging
-import random
 import re
 from collections import deque
 from itertools import islice
@@ -21,7 +20,7 @@ from redis.exceptions import (
 )
 
 from tornado_bcast.brokers.redis_link import LINK_ERRORS, Connection, Link, Server, pack, read_reply
-from tornado_bcast.errors import Unavailable
+from tornado_bcast.errors import Unavailable, later
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +30,8 @@ T = TypeVar("T")
 BATCH_COMMANDS = 500
 BATCH_BYTES = 1 << 20
 # Seconds between two log lines about one kind of error answer.
+# The part of a command's time that the queue alone may take while Redis answers.
+_BEHIND = 0.25
 COMPLAINT_INTERVAL = 60.0
 
 # Error answers that mean: nothing was done, and the next try may succeed. NOSCRIPT is met on the spot, the
@@ -47,13 +48,10 @@ REFUSALS = {
     "NOREPLICAS": "Redis has too few replicas",
     "WRONGTYPE": "a key that this channel needs in Redis is of another type",
 }
+# Those of them that concern whatever is to be stored, and last until somebody mends it.
+LASTING = frozenset(("OOM", "MISCONF", "NOREPLICAS"))
 # How servers say NOPERM of a command in a script: newer ones, and 6.2.
 FORBIDDEN = ("ACL failure in script", "The user executing the script can't")
-
-
-def later() -> int:
-    """Milliseconds after which a client should try again; not the same for all."""
-    return random.randint(500, 1500)
 
 
 def error_code(error: Exception) -> str:
@@ -135,19 +133,30 @@ class Pipeline:
         self._complaints: dict[str, float] = {}
 
     def submit(self, command: Command[T]) -> asyncio.Future[T]:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
         if self._closed:
             command.future.set_exception(Unavailable("the server is stopping", later()))
-        elif len(self._waiting) >= self._max_commands or self._waiting_bytes >= self._max_bytes:
+        elif self._is_full(now):
             command.future.set_exception(Unavailable("too much is waiting for Redis", later()))
         else:
-            loop = asyncio.get_running_loop()
-            command.deadline = loop.time() + self._timeout
+            command.deadline = now + self._timeout
             self._waiting.append(command)
             self._waiting_bytes += command.size
             self._wake.set()
             if self._timer is None:
                 self._timer = loop.call_at(command.deadline, self._expire)
         return command.future
+
+    def _is_full(self, now: float) -> bool:
+        if len(self._waiting) >= self._max_commands or self._waiting_bytes >= self._max_bytes:
+            return True
+        if not self._waiting or self._sent_at is None:
+            return False
+        # Where Redis answers and yet the first in the queue has waited for long, more comes than can be
+        # carried: what is put behind it would only be given up at its deadline.
+        longest = _BEHIND * self._timeout
+        return now - self._sent_at < longest and now - self._waiting[0].deadline + self._timeout > longest
 
     async def run(self) -> None:
         """Drive the link until cancelled."""
@@ -228,6 +237,7 @@ class Pipeline:
                     self._resolve(command, answer, server)
                 else:
                     self._fail(command, "too few replicas have it: send it again with the same messageId")
+                    self._link.refused("too few replicas have what is published")
         return again
 
     def _take(self, server: Server) -> list[bytes]:
@@ -292,6 +302,8 @@ class Pipeline:
         code = error_code(error)
         reason = REFUSALS.get(code, "Redis refused it")
         self._fail(command, reason)
+        if code in LASTING:
+            self._link.refused(reason)
         now = asyncio.get_running_loop().time()
         if now - self._complaints.get(code, -COMPLAINT_INTERVAL) >= COMPLAINT_INTERVAL:
             self._complaints[code] = now

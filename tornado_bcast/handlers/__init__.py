@@ -12,8 +12,9 @@ from tornado.httputil import (
 )
 from tornado.web import Application
 
-from .base import BaseHandler, Context, NotFoundHandler
+from .base import BaseHandler, NotFoundHandler
 from .broadcast import BroadcastHandler
+from .context import Context
 from .status import ChannelsHandler, HealthHandler, HistoryHandler, MetricsHandler, StatsHandler
 from .websocket import SocketHandler
 

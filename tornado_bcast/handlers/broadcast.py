@@ -10,7 +10,8 @@ from ..brokers import Receipt
 from ..errors import HTTP_STATUS, Refusal, Unavailable
 from ..protocol import Broadcast, check_message_id, decode_item, encode_message, load_object
 from ..rules import may_publish
-from .base import BaseHandler, new_id, now_ms
+from .base import BaseHandler
+from .context import new_id, now_ms
 
 MAX_ITEMS = 1000
 # A body may be as large as so many of the largest messages.
@@ -75,6 +76,7 @@ class BroadcastHandler(BaseHandler):
 
     async def post(self) -> None:
         try:
+            self.context.overload.check()
             if self._size > self._limit:
                 raise self._too_large()
             items = self._items()

@@ -16,7 +16,7 @@ from ..auth import LEEWAY
 from ..brokers import Receipt
 from ..config import ChannelRule
 from ..errors import BadToken, CloseCode, Refusal, Unavailable
-from ..frames import PING, frame
+from ..frames import frame
 from ..protocol import (
     Ack,
     Auth,
@@ -28,21 +28,15 @@ from ..protocol import (
     decode,
     encode_ack,
     encode_message,
-    encode_ping,
 )
 from ..sink import Sink, SlowConsumer
 from ..stream import ClientStream
-from .base import Context, new_id, now_ms
+from .context import Context, new_id, now_ms
 from .outgoing import Outgoing
 from .subscriptions import Restored, Subscriptions, make_refusal
 from .wire import Wire
 
 logger = logging.getLogger(__name__)
-
-
-def ping_frames() -> bytes:
-    """A heartbeat: the JSON ping and a WebSocket PING frame, in one write."""
-    return frame(encode_ping(now_ms())) + frame(b"", PING)
 
 
 class Connection(Outgoing):
@@ -63,13 +57,11 @@ class Connection(Outgoing):
         self.seen = time.monotonic()
         self.pinged = self.next_ping = 0.0
         self.slot = 0
-        # Its place among those whose token ends.
-        self.expiry = 0
+        self.expiry = 0  # Its place among those whose token ends.
 
     def start(self, head: bytes, session_id: str | None, token: str | None) -> None:
         """Begin by the head of the 101, as whom the token says, with the session of this id, if any."""
-        # With the answer to `connect`, if that is made at once.
-        self.answer_soon(head)
+        self.answer_soon(head)  # With the answer to `connect`, if that is made at once.
         if token is not None:
             try:
                 self.session.admit(self._context.auth.check_token(token))
@@ -285,6 +277,11 @@ class Connection(Outgoing):
 
     def _broadcast(self, command: Broadcast, rule: ChannelRule) -> None:
         context = self._context
+        try:
+            context.overload.check()
+        except Refusal:
+            self._hold()
+            raise
         timestamp = now_ms()
         message_id = command.message_id or new_id()
         sender = None
@@ -298,6 +295,14 @@ class Connection(Outgoing):
         )
         self._unanswered += 1
         future.add_done_callback(partial(self._broadcast_done, command.channel, message_id))
+        if future.done() and future.exception() is not None:
+            # The broker's queue is full.
+            self._hold()
+
+    def _hold(self) -> None:
+        """Nothing more was taken: what has come behind it waits, or refusing would take all the time."""
+        self._wire.hold()
+        self._context.hold(self._wire.go_on)
 
     def _broadcast_done(
         self, channel: str | None, message_id: str, future: "asyncio.Future[Receipt]"

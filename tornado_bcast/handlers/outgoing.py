@@ -13,7 +13,7 @@ from ..frames import frame
 from ..protocol import Command, dump, encode_error
 from ..session import Session
 from ..sink import Sink
-from .base import Context, now_ms
+from .context import Context, now_ms
 from .wire import Wire
 
 

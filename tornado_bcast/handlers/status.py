@@ -32,7 +32,9 @@ class HealthHandler(BaseHandler):
                 body["canaryMs"] = None
         health = context.node.broker.health()
         up = health.up and body.get("canaryMs", 0) is not None
-        status = "draining" if context.draining else "ok" if up and health.problem is None else "degraded"
+        overloaded = context.overload.active
+        well = up and health.problem is None and not overloaded
+        status = "draining" if context.draining else "ok" if well else "degraded"
         body = {
             "status": status,
             "redis": "up" if up else "down",
@@ -40,6 +42,8 @@ class HealthHandler(BaseHandler):
             "uptimeSeconds": round(time.monotonic() - context.started, 1),
             **body,
         }
+        if overloaded:
+            body["overloaded"] = True
         if health.problem is not None and self._is_operator():
             # It may name hosts.
             body["problem"] = health.problem

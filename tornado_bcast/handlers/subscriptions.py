@@ -16,7 +16,7 @@ from ..protocol import Ack, Subscribe, Unsubscribe, encode_ack, encode_error
 from ..session import Session, Subscription, decode_subscription
 from ..sink import Sink
 from ..topic import Subscriber, Topic
-from .base import Context, now_ms
+from .context import Context, now_ms
 
 logger = logging.getLogger(__name__)
 

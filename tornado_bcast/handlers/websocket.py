@@ -47,25 +47,27 @@ class SocketHandler(BaseHandler, WebSocketHandler):
 
     def _check_capacity(self) -> None:
         """Refuse the upgrade where there is no room, before it costs anything."""
+        self._count_as_client()
+        try:
+            self._find_room()
+        except Refusal as refusal:
+            self.refuse(refusal, kind="limit")
+
+    def _find_room(self) -> None:
         server = self.context.config.server
         board = self.context.board
-        self._count_as_client()
+        self.context.overload.check()
         if board.own_sockets >= self.context.own_capacity or board.sockets() >= self.context.capacity:
-            setting = "[server] max_connections"
-            self.refuse(
-                Refusal(
-                    "unavailable", "There is no room for more connections; try again later.", setting=setting
-                ),
-                kind="limit",
+            raise Refusal(
+                "unavailable",
+                "There is no room for more connections; try again later.",
+                setting="[server] max_connections",
             )
-        elif 0 < server.max_connections_per_ip < board.peers(self.remote_ip):
-            self.refuse(
-                Refusal(
-                    "rate_limited",
-                    "There are too many connections from your address; close some.",
-                    setting="[server] max_connections_per_ip",
-                ),
-                kind="limit",
+        if 0 < server.max_connections_per_ip < board.peers(self.remote_ip):
+            raise Refusal(
+                "rate_limited",
+                "There are too many connections from your address; close some.",
+                setting="[server] max_connections_per_ip",
             )
 
     def _count_as_client(self) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import socket
 import sys
+from collections.abc import Iterator
 from typing import Protocol, cast
 
 from tornado.iostream import IOStream, SSLIOStream
@@ -30,6 +31,7 @@ from ..frames import (
     is_close_code,
     unmask,
 )
+from ..protocol import encode_ping
 from ..sink import Sink
 from ..stream import ClientStream
 
@@ -45,6 +47,11 @@ logger = logging.getLogger(__name__)
 _NO_COMPRESSION = _WebSocketParams(compression_options=None)
 # Seconds for the closing handshake; then the connection is cut.
 _CLOSE_SECONDS = 5.0
+
+
+def ping_frames(timestamp: int) -> bytes:
+    """A heartbeat: the JSON ping and a WebSocket PING frame, in one write."""
+    return frame(encode_ping(timestamp)) + frame(b"", PING)
 
 
 class Upgrading(Protocol):
@@ -109,7 +116,7 @@ class Receiver(Protocol):
 class Wire:
     """The framing of one connection, and its closing handshake."""
 
-    __slots__ = ("_parser", "_ping", "_receiver", "_said_close", "_stream", "_timer")
+    __slots__ = ("_frames", "_held", "_parser", "_ping", "_receiver", "_said_close", "_stream", "_timer")
 
     def __init__(
         self, stream: ClientStream, receiver: Receiver, max_message: int, *, compressed: bool = False
@@ -118,6 +125,9 @@ class Wire:
         self._receiver = receiver
         # None: nothing that comes is looked at any more.
         self._parser: FrameParser | None = FrameParser(max_message, _unmask, inflate if compressed else None)
+        # What has been read before the connection was held.
+        self._frames: Iterator[tuple[int, bytes]] | None = None
+        self._held = False
         # The payload of the last ping that could not be answered at once (RFC 6455, section 5.5.3).
         self._ping: bytes | None = None
         # A close frame was sent; nothing may follow it.
@@ -149,24 +159,43 @@ class Wire:
         if self._said_close and self._parser is None:
             self._hang_up()
 
+    def hold(self) -> None:
+        """Look at nothing more that comes, nor at what has been read already, until `go_on`."""
+        self._held = True
+        self._stream.hold()
+
+    def go_on(self) -> None:
+        """Receive what has been read, then read on."""
+        self._held = False
+        frames, self._frames = self._frames, None
+        if frames is not None:
+            self._take(frames)
+        if not self._held:
+            self._stream.go_on()
+
     def _on_data(self, chunk: bytes) -> None:
-        receiver = self._receiver
-        receiver.on_sign_of_life()
+        self._receiver.on_sign_of_life()
         if self._parser is not None:
-            try:
-                for opcode, payload in self._parser.feed(chunk):
-                    self._receive(opcode, payload)
-            except ProtocolViolation as violation:
-                self._parser = None
-                if violation.code == CloseCode.TOO_BIG:
-                    receiver.on_too_big()
-                self.close(violation.code, violation.reason)
-                self._finish()
-            except Exception:
-                logger.exception("unexpected error on a connection", extra={"event": "internal_error"})
-                self._parser = None
-                self.close(1011, "internal error")
-                self._finish()
+            self._take(self._parser.feed(chunk))
+
+    def _take(self, frames: Iterator[tuple[int, bytes]]) -> None:
+        try:
+            for opcode, payload in frames:
+                self._receive(opcode, payload)
+                if self._held:
+                    self._frames = frames
+                    return
+        except ProtocolViolation as violation:
+            self._parser = None
+            if violation.code == CloseCode.TOO_BIG:
+                self._receiver.on_too_big()
+            self.close(violation.code, violation.reason)
+            self._finish()
+        except Exception:
+            logger.exception("unexpected error on a connection", extra={"event": "internal_error"})
+            self._parser = None
+            self.close(1011, "internal error")
+            self._finish()
 
     def _receive(self, opcode: int, payload: bytes) -> None:
         if opcode == CLOSE:
