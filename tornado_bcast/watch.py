@@ -66,6 +66,7 @@ class Watch:
     def reloaded(self) -> None:
         """The new configuration holds for everybody, or the old one does again."""
         self._doing = self._status = ""
+        self._status_due = 0.0
         if self._ready:
             self._notifier.send(READY=1)
 
