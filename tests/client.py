@@ -177,8 +177,11 @@ def client_frame(
         small = size if size < 126 else 126 if size < 1 << 16 else 127
         length = bytes([small]) + (b"" if size < 126 else pack("!H" if small == 126 else "!Q", size))
     masked = length[0] | (0x80 if mask is not None else 0)
-    key = mask or b"\x00\x00\x00\x00"
-    body = bytes(byte ^ key[index % 4] for index, byte in enumerate(payload))
+    body = payload
+    if mask is not None and any(mask):
+        # As one operation on two long integers: the fuzz makes many.
+        key = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
+        body = (int.from_bytes(payload, "big") ^ key).to_bytes(size, "big")
     return bytes([first, masked]) + length[1:] + (mask or b"") + body
 
 

@@ -3,16 +3,20 @@
 All else is tested with the real daemon (test_websocket.py, test_http.py).
 """
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from socket import socket as RawSocket
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from broker_kit import until
+from client import handshake
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
+from tornado.iostream import IOStream
 from tornado.web import Application
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
@@ -21,6 +25,7 @@ from tornado_bcast.board import Board, State
 from tornado_bcast.brokers import BrokerHealth
 from tornado_bcast.config import default_config
 from tornado_bcast.handlers import make_routes
+from tornado_bcast.handlers.websocket import SocketHandler
 from tornado_bcast.stream import ClientStream
 
 Event = dict[str, Any]
@@ -284,3 +289,25 @@ async def test_what_is_counted_is_given_back(
         await until(lambda: inside.metrics.connections == 0)
         assert inside.metrics.subscriptions == inside.board.own_sockets == inside.hub.count("a") == 0
     assert not inside._connections
+
+
+@pytest.mark.gen_test
+async def test_who_has_left_during_the_handshake_is_no_error(
+    http_server: object, base_url: str, inside: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a connection may be read together with the last bytes of its request (the fuzz found it)."""
+
+    def accept(handler: SocketHandler, value: str) -> IOStream:
+        stream = take(handler, value)
+        stream.close()
+        return stream
+
+    take = SocketHandler.accept
+    monkeypatch.setattr(SocketHandler, "accept", accept)
+    parts = urlsplit(base_url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    writer.write(handshake(parts.netloc))
+    assert await reader.read() == b""
+    writer.close()
+    await writer.wait_closed()
+    assert inside.metrics.connections == 0
