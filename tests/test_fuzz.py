@@ -1,17 +1,22 @@
 """What anyone may send: a short run of `make fuzz`, and what its long ones have found."""
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 from broker_kit import asynchronous
-from client import Client, handshake, http
+from client import Answer, Client, handshake, http
 from daemon import Daemon
 from fuzz import Found, Fuzz, find, play, save
 from fuzz_inputs import INI, SMUGGLING, Script, script
+from hypothesis import given
+from hypothesis import strategies as st
 from redis_server import RedisServer
+from test_contract import check_answer
 
 SEED = 5
 
@@ -108,3 +113,42 @@ async def test_a_neighbour_of_nonsense_is_served(daemon: Daemon) -> None:
             begun = time.monotonic()
             assert await polite.is_alive()
             assert time.monotonic() - begun < 2
+
+
+# HTTP bodies by hypothesis: also what json.dumps makes of halves of surrogate pairs, and NaN.
+
+_texts = st.text(st.characters(codec="utf-8") | st.characters(categories=["Cs"]), max_size=4)
+_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | _texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_texts, inner, max_size=3),
+    max_leaves=6,
+)
+_channels = st.sampled_from(["fuzz.1", "kept.1", "closed.1", "$all", "a b"]) | _values
+_items = st.fixed_dictionaries(
+    {"channel": _channels, "data": _values},
+    optional={"messageId": st.sampled_from(["m-1", "m-2"]) | _values, "odd": _values},
+)
+_bodies = (
+    _items
+    | st.fixed_dictionaries({"messages": st.lists(_items | _values, max_size=4)})
+    | st.fixed_dictionaries({"channels": st.lists(_channels, max_size=4) | _values, "data": _values})
+    | st.dictionaries(st.sampled_from(["channel", "channels", "messages", "data"]), _values)
+    | _values
+)
+
+
+@given(body=_bodies.map(json.dumps).map(str.encode) | st.binary(max_size=50))
+def test_any_body_gets_a_described_answer(fuzzed: Daemon, body: bytes) -> None:
+    connection = HTTPConnection("127.0.0.1", fuzzed.port, timeout=10)
+    try:
+        connection.request("POST", "/broadcast", body)
+        response = connection.getresponse()
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        answer = Answer(response.status, headers, response.read())
+    finally:
+        connection.close()
+    assert answer.status in (200, 400, 413), answer
+    check_answer("POST", "/broadcast", answer)
+    if answer.status == 200:
+        sent = json.loads(body)
+        assert len(answer.json["results"]) == len(sent.get("messages") or sent.get("channels") or [sent])
