@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 from urllib.parse import urlsplit
 
 import websockets
+from planted import PLANTED
 from websockets.asyncio.client import ClientConnection, connect
 
 T = TypeVar("T")
@@ -52,6 +53,8 @@ class Client:
         headers: Mapping[str, str] | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
+        PLANTED.add(*protocols or ())
+        PLANTED.add_request(path, headers)
         self._connecting = connect(
             url + path,
             subprotocols=protocols,  # type: ignore[arg-type]
@@ -80,6 +83,7 @@ class Client:
         self.socket = await self._connecting
         self._reader = asyncio.create_task(self._receive())
         self.hello = await self.next()
+        PLANTED.add_frame(self.hello)
         assert (self.hello["type"], self.hello["op"]) == ("ack", "connect"), self.hello
         return self
 
@@ -100,6 +104,7 @@ class Client:
             self._came.set()
 
     async def send(self, **frame: Any) -> None:
+        PLANTED.add_frame(frame)
         await self.socket.send(json.dumps(frame))
 
     async def send_text(self, text: str | bytes) -> None:
@@ -195,6 +200,7 @@ def handshake(host: str, path: str = "/ws", headers: Mapping[str, str | None] | 
         "Sec-WebSocket-Version": "13",
         **(headers or {}),
     }
+    PLANTED.add_request(path, fields)
     lines = [f"{name}: {value}\r\n" for name, value in fields.items() if value is not None]
     return f"GET {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode()
 
@@ -311,6 +317,7 @@ async def http(
     if data is not None:
         fields |= {"Content-Type": "application/json", "Content-Length": str(len(data))}
     fields |= headers or {}
+    PLANTED.add_request(path, fields, body)
     head = f"{method} {path} HTTP/1.1\r\n"
     head += "".join(f"{name}: {value}\r\n" for name, value in fields.items() if value is not None)
     return await raw_http(url, head.encode() + b"\r\n" + (data or b""), tls=tls)

@@ -395,13 +395,9 @@ async def test_too_many_of_one_address() -> None:
 
 @asynchronous
 async def test_without_redis(tmp_path: Path) -> None:
-    daemon = Daemon(
-        "[redis]\npublish_timeout = 300ms\n[channel orders]\npersistent = yes",
-        redis=f"unix://{tmp_path}/nobody.sock",
-    )
-    daemon.expect("redis_away", "redis_down", "sessions_unsaved")
-    daemon.start(ready=False)
-    try:
+    ini = "[redis]\npublish_timeout = 300ms\n[channel orders]\npersistent = yes"
+    with Daemon(ini, redis=f"unix://{tmp_path}/nobody.sock", ready=False) as daemon:
+        daemon.expect("redis_away", "redis_down", "sessions_unsaved")
         await try_cases(daemon, DEAF_CASES)
         async with Client(daemon.ws_url) as client:
             for error in (
@@ -411,9 +407,6 @@ async def test_without_redis(tmp_path: Path) -> None:
                 assert error["code"] == "unavailable" and error["retryAfter"] > 0
             for frame in client.frames:
                 check_frame(frame)
-    finally:
-        daemon.stop()
-        daemon.check_log()
 
 
 @asynchronous

@@ -311,3 +311,28 @@ async def test_who_has_left_during_the_handshake_is_no_error(
     writer.close()
     await writer.wait_closed()
     assert inside.metrics.connections == 0
+
+
+@pytest.mark.parametrize("seconds", [0.05, 60.0])
+@pytest.mark.gen_test
+async def test_who_resumes_while_the_worker_leaves_is_told_so(
+    http_server: object, base_url: str, inside: Inside, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Whether Redis answers in time or not."""
+
+    async def resume(*_: object) -> None:
+        asked.set()
+        await asyncio.sleep(seconds)
+
+    asked = asyncio.Event()
+    monkeypatch.setattr(inside.keeper, "resume", resume)
+    monkeypatch.setattr(inside.keeper, "flush", lambda: asyncio.sleep(0.09))
+    socket = Socket(await websocket_connect(base_url.replace("http", "ws") + "/ws?session=unknown"))
+    await asked.wait()
+    closing = asyncio.ensure_future(inside.close(1.0))
+    if seconds < 1:
+        assert (await socket.read())["op"] == "connect"
+    code, reason = await socket.closed()
+    assert code == 1012 and json.loads(reason or "")["retryAfter"] <= 1000
+    socket.connection.close()
+    await closing

@@ -111,6 +111,11 @@ class Connection:
             # Never `resumed: false` then: the session may well be there.
             self.end_for_now(CloseCode.TRY_AGAIN_LATER, 2 * error.retry_after)
             self._wire.start()
+        except asyncio.CancelledError:
+            # The worker has said goodbye to all others, and is about to end.
+            self.end_for_now(CloseCode.RESTART, 1000)
+            self._wire.start()
+            raise
         else:
             self._begin(restored, refused, resumed=session is not None)
 
@@ -150,6 +155,9 @@ class Connection:
         if self.session.changed:
             context.keeper.touch(self.session)
         self._wire.start()
+        if context.closing:
+            # It came when all others had been told.
+            self.end_for_now(CloseCode.RESTART, 1000)
 
     def on_close(self) -> None:
         """The connection has ended, however: what it held is given back."""
@@ -175,9 +183,8 @@ class Connection:
 
     def end_for_now(self, code: CloseCode, retry_after: int, *, flush: bool = True) -> None:
         """The same with a reason that says when to come back, within so many ms: another time for each."""
-        self.end(
-            code, dump({"retryAfter": round(retry_after * random.uniform(0.1, 1.0))}).decode(), flush=flush
-        )
+        reason = dump({"retryAfter": round(retry_after * random.uniform(0.1, 1.0))})
+        self.end(code, reason.decode(), flush=flush)
 
     # Tokens
 
