@@ -33,7 +33,7 @@ class Planted:
         if isinstance(body, (str, bytes)):
             try:
                 body = json.loads(body)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return
         self.add(*_payloads(body))
 

@@ -160,7 +160,9 @@ def test_the_log_is_bounded_and_can_be_filtered_and_cleared(page: Page, daemon: 
     post(daemon, {"messages": [{"channel": "flood", "data": n} for n in range(700)]})
     page.wait_for("document.querySelector('#channels .count').textContent === '700'")
     # A heartbeat may stand after it.
-    page.wait_for("[...document.querySelectorAll('#rows .k-message .text')].at(-1).textContent.endsWith('699')")
+    page.wait_for(
+        "[...document.querySelectorAll('#rows .k-message .text')].at(-1).textContent.endsWith('699')"
+    )
     count = page.evaluate("document.querySelectorAll('#rows li').length")
     assert 490 <= count <= 500
     end = "document.querySelector('#rows').scrollTop + document.querySelector('#rows').clientHeight"
