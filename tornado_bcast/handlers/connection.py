@@ -111,8 +111,7 @@ class Connection:
             # Never `resumed: false` then: the session may well be there.
             self.end_for_now(CloseCode.TRY_AGAIN_LATER, 2 * error.retry_after)
             self._wire.start()
-        except asyncio.CancelledError:
-            # The worker has said goodbye to all others, and is about to end.
+        except asyncio.CancelledError:  # The worker has said goodbye to all others, and ends.
             self.end_for_now(CloseCode.RESTART, 1000)
             self._wire.start()
             raise
