@@ -40,7 +40,7 @@ GROWTH = 16 << 20
 # Inputs of the warm-up: caches are filled, and every kind of thing has been seen.
 _WARM = 60_000
 _GOODBYE = client_frame(b"\x03\xe8", 8)
-_KINDS = {"message", "ack", "error", "ping"}
+_TYPES = {"message", "ack", "error", "ping"}
 _STATUSES = {200, 204, 304, 400, 401, 403, 404, 405, 413, 426, 429, 503}
 # What no answer may have in it.
 _INSIDE = re.compile(rb"Traceback|tornado/|tornado_bcast/|\.py\b|redis-py|hiredis|PyJWT|TornadoServer", re.I)
@@ -87,6 +87,9 @@ class Exchange(asyncio.Protocol):
     def _fail(self, error: Exception) -> None:
         if not self.ended.done():
             self.ended.set_exception(error)
+        self.abort()
+
+    def abort(self) -> None:
         self._transport.abort()
 
     async def run(self) -> None:
@@ -165,7 +168,7 @@ def check_frame(opcode: int, payload: bytes) -> dict[str, object]:
     """What a frame says, where it is an event."""
     if opcode == 1:
         event = json.loads(payload, parse_constant=_no_constant)
-        assert isinstance(event, dict) and event["type"] in _KINDS and event["timestamp"] > 1e12, event
+        assert isinstance(event, dict) and event["type"] in _TYPES and event["timestamp"] > 1e12, event
         assert event.get("code") != "internal", event
         return event
     assert opcode in (8, 9, 10), opcode
@@ -216,7 +219,7 @@ async def play(url: str, script: Script) -> None:
             try:
                 await exchange.run()
             finally:
-                exchange._transport.abort()
+                exchange.abort()
         exchange.check()
     except TimeoutError:
         raise Found("not answered, or not closed, in time", [script]) from None

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import jwt
 from client import client_frame, handshake
@@ -467,7 +466,7 @@ def break_handshake(maker: Maker) -> Script:
 def drip(maker: Maker) -> Script:
     """Byte by byte."""
     data = maker.hello() + maker.well_framed(maker.request()) + maker.misframed()[:50]
-    return Script("drip", maker.number, [bytes((byte,)) for byte in data], 3, asked=())
+    return Script("drip", maker.number, [bytes((byte,)) for byte in data], 3)
 
 
 def stall(maker: Maker) -> Script:
@@ -488,16 +487,8 @@ KINDS: dict[Callable[[Maker], Script], int] = {
 }
 
 
-class _Kinds(NamedTuple):
-    names: list[Callable[[Maker], Script]]
-    weights: list[int]
-
-
-_KINDS = _Kinds(list(KINDS), list(KINDS.values()))
-
-
 def script(seed: int, number: int) -> Script:
     """The script of this number."""
     maker = Maker(seed, number)
-    (kind,) = maker.random.choices(_KINDS.names, _KINDS.weights)
+    (kind,) = maker.random.choices(list(KINDS), list(KINDS.values()))
     return kind(maker)

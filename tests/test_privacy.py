@@ -51,7 +51,7 @@ sender = yes
 
 # Of what an answer may not speak: where things are, what they are made of, and what went wrong inside.
 INSIDE = re.compile(
-    r"Traceback|File \"|line \d+, in|site-packages|\.py\b|\.lua\b|/tmp/|/usr/|/home/|tornado/|ujson|PyJWT"
+    r"Traceback|File \"|line \d+, in|site-packages|\.py\b|\.lua\b|/tmp/|/usr/|/home/|tornado/|TornadoServer|ujson|PyJWT"
     r"|hiredis|redis-py|redis\.exceptions|valkey|python|openssl|WRONGTYPE|NOAUTH|EVALSHA|Errno|\bError\b\(",
     re.IGNORECASE,
 )
