@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run lint test bench stress conformance image-test systemd-test install uninstall
+.PHONY: help run lint test bench fuzz stress conformance image-test systemd-test install uninstall
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -49,3 +49,6 @@ systemd-test: $(VENV)/test ## the installed service under a real systemd, in a D
 
 stress: $(VENV)/test ## too much of everything on the real daemon, some 10 minutes (STRESS=--quick, or a part's name)
 	$(BIN)/python tests/stress.py $(STRESS)
+
+fuzz: $(VENV)/test ## a million hostile inputs, at most 15 minutes (FUZZ="--seed 7 --inputs 10000")
+	$(BIN)/python tests/fuzz.py $(FUZZ)
