@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run lint test bench stress conformance image-test systemd-test install uninstall
+.PHONY: help run lint test bench fuzz stress conformance image-test systemd-test install uninstall
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -31,6 +31,9 @@ test: lint ## lint and every test; installs what it needs
 
 bench: $(VENV)/test ## the benchmark, at most 10 minutes: bench/RESULTS.md (BENCH=--quick for a smoke run)
 	$(BIN)/python bench/run.py $(BENCH)
+
+fuzz: $(VENV)/test ## a million hostile inputs, at most 15 minutes (FUZZ="--seed 7 --inputs 10000")
+	$(BIN)/python tests/fuzz.py $(FUZZ)
 
 conformance: $(VENV)/test ## the whole Autobahn TestSuite, about 13 minutes; installs it where Python 2.7 is
 	$(BIN)/python tests/autobahn.py

@@ -329,6 +329,13 @@ class TestPages:
         for line in path.read_text().splitlines():
             assert len(line) <= 120 or line.startswith(("|", "    ", "[")), line
 
+    def test_tests_that_are_named_exist(self) -> None:
+        """SECURITY.md says of each defence which test shows it."""
+        named = re.findall(r"`(tests/test_\w+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text())
+        assert len(named) > 30
+        for file, name in named:
+            assert re.search(rf"^\s*(async )?def {name}\(", (ROOT / file).read_text(), re.MULTILINE), name
+
     def test_dependencies_have_their_why(self) -> None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         needed = chain(project["dependencies"], *project["optional-dependencies"].values())
