@@ -45,8 +45,8 @@ def until(condition: Callable[[], Any], seconds: float = 10) -> Any:
 class Daemon:
     """One daemon on a free port of 127.0.0.1. `variables` are environment variables.
 
-    `program` are the arguments of Python in front of `serve`. In a `with` it has started, and without
-    `ready=False` it serves.
+    In a `with` it has started, and without `ready=False` it serves. `program` are the arguments of Python in
+    front of `serve`.
     """
 
     def __init__(

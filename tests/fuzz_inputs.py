@@ -103,7 +103,7 @@ PATHS = (
     *("/channels/closed.1/history?epoch=%00", "/%2e%2e/", "/health?deep=%ff", "/ws?token=x&session=%ff"),
     *("/?" + "a=b&" * 200, "//health", "/health/", "/health;x", "*", "http://localhost/health", "//"),
 )  # fmt: skip
-METHODS = ("GET", "GET", "GET", "POST", "POST", "OPTIONS", "HEAD", "PUT", "DELETE", "BREW", "TRACE", "PATCH")
+METHODS = ("GET", "GET", "GET", "POST", "POST", "OPTIONS", "HEAD", "PUT", "DELETE", "PATCH")
 
 
 def smuggled(head: str, body: str, *, method: str = "POST") -> bytes:
@@ -421,7 +421,7 @@ def break_http(maker: Maker) -> Script:
         data = maker.random.choice(list(SMUGGLING.values()))
         data = maker.mutated(data) if maker.one() else data
     elif kind < 0.6:
-        data = maker.mutated(maker.http(maker.random.choice(METHODS), last=maker.one()))
+        data = maker.mutated(maker.http(maker.random.choice((*METHODS, "BREW", "TRACE")), last=maker.one()))
     elif kind < 0.7:
         many = maker.random.choice(("X-A: b\r\n" * 3000, "X-A: " + "b" * 70_000 + "\r\n", "X: " * 3000))
         data = f"GET /health HTTP/1.1\r\nHost: {HOST}\r\n{many}\r\n".encode()
