@@ -113,7 +113,10 @@ function Lines(props: {
           {one.failed ? (
             <small role="alert">
               {one.failed}{' '}
-              <button type="button" onClick={() => props.onRetry({ id: one.id, name: one.name, text: one.text })}>
+              <button
+                type="button"
+                onClick={() => props.onRetry({ id: one.id, name: one.name, text: one.text })}
+              >
                 Try again
               </button>
             </small>
@@ -127,7 +130,12 @@ function Lines(props: {
 }
 
 /** `ends`: so many messages, of which this is the last, are older than this page. */
-function Line(props: { message: Message<Said>; mine: boolean; before: Message<Said> | undefined; ends: number }) {
+function Line(props: {
+  message: Message<Said>;
+  mine: boolean;
+  before: Message<Said> | undefined;
+  ends: number;
+}) {
   const { message, before } = props;
   const who = message.from?.clientId ?? '';
   const goesOn =
@@ -138,7 +146,9 @@ function Line(props: { message: Message<Said>; mine: boolean; before: Message<Sa
   return (
     <>
       <li
-        className={[props.mine ? 'mine' : 'other', goesOn && 'goes-on', !who && 'http'].filter(Boolean).join(' ')}
+        className={[props.mine ? 'mine' : 'other', goesOn && 'goes-on', !who && 'http']
+          .filter(Boolean)
+          .join(' ')}
         data-seq={message.seq}
         style={{ '--hue': hue(who) } as React.CSSProperties}
       >

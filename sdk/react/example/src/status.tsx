@@ -39,7 +39,7 @@ export function ConnectionStatus() {
           Connect
         </button>
       )}
-      {error && status !== 'open' && online && <small>{error.message}</small>}
+      {error && status !== 'open' && online && <small className="why">{error.message}</small>}
     </div>
   );
 }
