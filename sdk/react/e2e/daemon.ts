@@ -166,17 +166,15 @@ export class Daemon {
     await until(
       'a publish is taken',
       async () => {
-        try {
-          const answer = await fetch(`${this.url}/broadcast`, {
-            method: 'POST',
-            body,
-            signal: AbortSignal.timeout(5000),
-          });
-          const { results } = (await answer.json()) as { results?: { error?: { code: string } }[] };
-          return answer.ok && results?.every((result) => result.error === undefined);
-        } catch {
-          return false;
-        }
+        const answer = await fetch(`${this.url}/broadcast`, {
+          method: 'POST',
+          body,
+          signal: AbortSignal.timeout(5000),
+        }).catch(() => undefined);
+        if (!answer || answer.status >= 500) return false;
+        const { results } = (await answer.json()) as { results?: { error?: unknown }[] };
+        if (!results) throw new Error(`a publish is refused with ${answer.status}`);
+        return results.every((result) => result.error === undefined);
       },
       patience,
     );

@@ -54,7 +54,7 @@ function Row({ symbol }: { symbol: string }) {
         <Sparkline quotes={messages} />
       </td>
       <td className="change">
-        {change === undefined ? '' : `${change < 0 ? '−' : '+'}${Math.abs(change).toFixed(2)} %`}
+        {change === undefined ? '' : `${change < 0 ? '−' : '+'}${Math.abs(change).toFixed(2)}%`}
       </td>
       <td className="price">{last === undefined ? '–' : last.toFixed(2)}</td>
     </tr>
@@ -66,7 +66,7 @@ function Sparkline({ quotes }: { quotes: readonly Message<Quote>[] }) {
   const low = Math.min(...prices);
   const span = Math.max(...prices) - low || 1;
   const points = prices.map((price, index) => {
-    const x = 100 - (prices.length - 1 - index) * (100 / 59);
+    const x = (index / Math.max(prices.length - 1, 1)) * 100;
     return `${x.toFixed(1)},${(22 - ((price - low) / span) * 20).toFixed(1)}`;
   });
   return (
