@@ -16,7 +16,6 @@ export default defineConfig({
   },
   test: {
     include: ['test/**/*.test.{ts,tsx}'],
-    typecheck: { enabled: true, include: ['test/**/*.test-d.{ts,tsx}'] },
     restoreMocks: true,
     testTimeout: 10_000,
   },

@@ -158,7 +158,7 @@ export const createConnection = (url: string, options: ClientOptions, nextId: ()
     seenAt = now();
     let frame: ServerFrame;
     try {
-      frame = JSON.parse(text);
+      frame = JSON.parse(text) ?? {};
     } catch {
       return;
     }
@@ -179,7 +179,7 @@ export const createConnection = (url: string, options: ClientOptions, nextId: ()
   /** The present try or connection has ended: what now? */
   const end = (code = 1006, reason = ''): void => {
     const opened = discard(code);
-    if (code === 4009) session.set(undefined);
+    if (code === 4009) session.set(null);
     if (opened && now() - openedAt >= STABLE) {
       tries = 0;
       isFresh = false;

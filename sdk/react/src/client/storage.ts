@@ -15,10 +15,13 @@ export const createSession = (url: string, kept: boolean) => {
   };
 
   return {
-    get: () => (session ??= stored((storage) => storage.getItem(key))),
+    get() {
+      if (session === undefined) session = stored((storage) => storage.getItem(key));
+      return session;
+    },
 
-    /** Undefined: the session is another one's now. */
-    set(id: string | undefined) {
+    /** Null: the session is another one's now. */
+    set(id: string | null) {
       if (id === session) return;
       session = id;
       stored((storage) => (id ? storage.setItem(key, id) : storage.removeItem(key)));

@@ -53,7 +53,7 @@ export const createTopic = (channel: string, { link, acks, heard, failed, releas
   let isGone = false;
   /** The server waits for acks. */
   let isAcking = false;
-  /** Counts subscribes and their answers: an ack of what came before would be one of what comes after. */
+  /** Counts subscribes: an ack of what came before would be taken for one of what comes after. */
   let run = 0;
   let tries = 0;
   let timer: Timer;
@@ -165,7 +165,6 @@ export const createTopic = (channel: string, { link, acks, heard, failed, releas
   const subscribed = (ack: SubscribeAck, since?: Position, asked?: SubscribeOptions) => {
     const { epoch, seq = 0, replayed = 0, recovered } = ack;
     pending = undefined;
-    run++;
     tries = 0;
     // Another line of numbers: first see what has become of the place.
     if (asked && place && epoch !== undefined && !epochs.has(epoch)) return renew();
@@ -178,12 +177,7 @@ export const createTopic = (channel: string, { link, acks, heard, failed, releas
       const isAsked = asked && one.isLike(asked);
       if (one.isBegun) one.recovered = true;
       else if (isAsked || !start || !one.isWaiting()) {
-        const at = {
-          epoch: epoch ?? '',
-          seq: place && !isAsked ? place.seq : asked && !isAsked ? seq : (start?.seq ?? 0),
-        };
-        one.isBegun = one.recovered = true;
-        enqueue(() => one.begin(at));
+        begin(one, { epoch: epoch ?? '', seq: asked && !isAsked ? seq : (start?.seq ?? 0) });
         if (isAsked && isLost) enqueue(() => one.miss(channel, since, start));
       }
     }
@@ -203,6 +197,12 @@ export const createTopic = (channel: string, { link, acks, heard, failed, releas
     setStatus('subscribed');
     if (skips) renew();
     else if (isUnsettled()) subscribe();
+  };
+
+  /** What comes after this position is for this one too. */
+  const begin = (one: Listener, at: Position) => {
+    one.isBegun = one.recovered = true;
+    enqueue(() => one.begin(at));
   };
 
   const refused = (frame: ErrorFrame) => {
@@ -233,11 +233,7 @@ export const createTopic = (channel: string, { link, acks, heard, failed, releas
       releaseTimer = undefined;
       listeners.add(one);
       if (!place) isStale = false;
-      if (status === 'subscribed' && (!place || !one.isWaiting())) {
-        const at = place ?? { epoch: '', seq: 0 };
-        one.isBegun = one.recovered = true;
-        enqueue(() => one.begin(at));
-      }
+      if (place ? !one.isWaiting() : status === 'subscribed') begin(one, place ?? { epoch: '', seq: 0 });
       if (status === 'idle') status = 'subscribing';
       one.tellStatus(status, error);
       // After whatever else happens now: a component may come, go and come again at once.
@@ -254,7 +250,8 @@ export const createTopic = (channel: string, { link, acks, heard, failed, releas
       const { seq, epoch } = message;
       if (isStale || !listeners.size || tasks.length >= MOST) isStale = true;
       else if (seq === undefined || epoch === undefined) enqueue(() => deliver(message));
-      else if (place) {
+      // What comes while it subscribes comes again after the answer.
+      else if (place && !pending) {
         const position = { epoch, seq };
         if (seq === place.seq + 1) {
           place = position;
@@ -268,6 +265,7 @@ export const createTopic = (channel: string, { link, acks, heard, failed, releas
 
     /** The server says that messages are lost. It may say so again. */
     lost({ epoch = '', seq = 0 }: ErrorFrame) {
+      if (pending) return;
       if (!place || seq > place.seq || !epochs.has(epoch)) lose({ epoch, seq });
       else if (isAcking) acks.add(channel, { epoch, seq });
     },
@@ -295,6 +293,7 @@ export const createTopic = (channel: string, { link, acks, heard, failed, releas
         epochs.add(epoch);
         isGone = !recovered;
         isOwn = true;
+        for (const one of listeners) if (!one.isWaiting()) begin(one, place);
       }
       if (!listeners.size) {
         isStale = true;
