@@ -103,6 +103,7 @@ describe.skipIf(!chromium)('the example', () => {
       { channel: 'ticker.FIR', data: { price: 111 } },
     ]);
     await tab.page.locator('tr[data-symbol=FIR] .price', { hasText: '111.00' }).waitFor();
+    expect(tab.problems.splice(0)).toEqual([expect.stringContaining('on ticker.FIR is not as expected')]);
     await picture(tab.page, 'example');
   });
 

@@ -5,8 +5,9 @@ const due = new Set<() => void>();
 
 /** Run this once at the next animation frame, together with all else that is due then: React renders once. */
 export function atNextFrame(run: () => void): void {
+  const isScheduled = due.size > 0;
   due.add(run);
-  if (due.size > 1) return;
+  if (isScheduled) return;
   const timer = setTimeout(flush, LATEST);
   const frame = globalThis.requestAnimationFrame?.(flush);
 
@@ -17,4 +18,9 @@ export function atNextFrame(run: () => void): void {
     due.clear();
     for (const each of now) each();
   }
+}
+
+/** It is not to be run any more. */
+export function forget(run: () => void): void {
+  due.delete(run);
 }

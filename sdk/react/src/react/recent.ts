@@ -1,5 +1,5 @@
 import type { Message } from '../types.js';
-import { atNextFrame } from './frame.js';
+import { atNextFrame, forget } from './frame.js';
 import { Store } from './store.js';
 
 export interface Shown<T> {
@@ -44,6 +44,12 @@ export class Recent<T> extends Store<Shown<T>> {
     if (!this.#isRead) this.replace(this.#next());
     this.#isRead = true;
     return this.get();
+  }
+
+  /** No more will come for now: what there is need not wait for a frame. */
+  end(): void {
+    forget(this.#show);
+    if (this.#isRead) this.#show();
   }
 
   readonly #show = (): void => {

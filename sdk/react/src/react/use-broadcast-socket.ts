@@ -4,7 +4,7 @@ import type { ClientOptions, Message, Snapshot, Status } from '../types.js';
 import { useProvided } from './provider.js';
 import { Recent } from './recent.js';
 import { useStore } from './store.js';
-import { type Broadcast, bound } from './use-broadcast.js';
+import type { Broadcast } from './use-broadcast.js';
 import { useConnection } from './use-connection.js';
 
 export interface BroadcastSocket extends Broadcast {
@@ -16,7 +16,7 @@ export interface BroadcastSocket extends Broadcast {
   readonly lastMessage: Message | undefined;
   /** What is wrong with the connection at present. */
   readonly error: BroadcastError | undefined;
-  close(): void;
+  readonly close: () => void;
 }
 
 /**
@@ -39,15 +39,22 @@ export function useBroadcastSocket(url?: string, options: ClientOptions = {}): B
   // biome-ignore lint/correctness/useExhaustiveDependencies: another client has other messages
   const recent = useMemo(() => new Recent<unknown>(), [client]);
   const shown = useStore(recent);
-  useEffect(() => client.on('message', (message) => recent.add(message)), [client, recent]);
-
-  const methods = useMemo(() => bound(client), [client]);
+  useEffect(() => {
+    const off = client.on('message', (message) => recent.add(message));
+    return () => {
+      off();
+      recent.end();
+    };
+  }, [client, recent]);
 
   // biome-ignore lint/correctness/useExhaustiveDependencies: what is shown is read from `recent`
   return useMemo(
     () => ({
       client,
-      ...methods,
+      publish: client.publish,
+      send: client.send,
+      reconnect: client.reconnect,
+      close: client.close,
       status,
       clientId,
       error,
@@ -55,7 +62,7 @@ export function useBroadcastSocket(url?: string, options: ClientOptions = {}): B
         return recent.read().lastMessage;
       },
     }),
-    [client, methods, status, clientId, error, recent, shown],
+    [client, status, clientId, error, recent, shown],
   );
 }
 

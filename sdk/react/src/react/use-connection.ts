@@ -35,7 +35,7 @@ export function useConnection(
     if (url === undefined || !client) return;
     const undo = [
       client.on('status', (status) => latest.current.onStatus?.(status)),
-      client.on('error', (error) => latest.current.onError?.(error)),
+      client.on('error', (error) => (latest.current.onError ?? console.error)(error)),
       connections.hold(url, first.by, client),
     ];
     return () => {

@@ -31,7 +31,7 @@ export interface Subscription<S = unknown> {
   readonly lastMessage: Message<S> | undefined;
   /** The last `buffer` messages, the newest at the end. */
   readonly messages: readonly Message<S>[];
-  /** Why it is `failed`; or the last error of `parse` or a callback, until it is subscribed anew. */
+  /** Why it is `failed`; or that data were bad, until it is subscribed anew. */
   readonly error: BroadcastError | undefined;
   /** False: messages were missed for good, see `onGap`. Undefined before it is subscribed. */
   readonly recovered: boolean | undefined;
@@ -64,10 +64,6 @@ export function useSubscription<T = unknown, S = T>(
 
   useEffect(() => {
     if (channel === null || !enabled) return;
-    const fail = (error: BroadcastError) => {
-      state.set({ ...state.get(), error });
-      latest.current.onError?.(error);
-    };
     const { since, last, ack } = latest.current;
     const off = client.subscribe(channel, {
       ...(since && { since }),
@@ -82,8 +78,9 @@ export function useSubscription<T = unknown, S = T>(
           selected = select ? { ...message, data: select(message.data) } : (message as Message<never>);
         } catch (cause) {
           const sentence = `The data of message ${raw.messageId} on ${channel} is not as expected: ${cause}`;
-          fail(new BroadcastError('bad_data', sentence, { channel, cause }));
-          return;
+          const error = new BroadcastError('bad_data', sentence, { channel, cause });
+          state.set({ ...state.get(), error });
+          throw error;
         }
         recent.add(selected, buffer, coalesce, isEqual ?? (select ? Object.is : undefined));
         return onMessage?.(message);
@@ -92,11 +89,15 @@ export function useSubscription<T = unknown, S = T>(
         state.set({ ...state.get(), recovered: false });
         latest.current.onGap?.(gap);
       },
-      onError: fail,
+      // Without one the client's own is told.
+      get onError() {
+        return latest.current.onError as (error: BroadcastError) => void;
+      },
       onStatus: (status, { error, recovered }) => state.set({ status, error, recovered }),
     });
     return () => {
       off();
+      recent.end();
       state.set(IDLE);
     };
   }, [client, channel, enabled, state, recent, latest]);
