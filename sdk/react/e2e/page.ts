@@ -18,6 +18,9 @@ const FLAGS = [
   '--disable-sync',
 ];
 
+/** What the browser and the client say while there is no way to the server. */
+const LOST = /WebSocket connection to|No connection to ws:/;
+
 /** The path of a Chromium, if there is one. */
 export function findChromium(): string | undefined {
   const names = ['chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'];
@@ -43,7 +46,8 @@ export class Site {
 
   /** Build the example, serve it on a free port, and start the browser. */
   static async open(executablePath: string): Promise<Site> {
-    await build({ root: EXAMPLE, logLevel: 'warn' });
+    // 'error': Vite warns of each 'use client', which says nothing to it.
+    await build({ root: EXAMPLE, logLevel: 'error' });
     const server = await preview({
       root: EXAMPLE,
       logLevel: 'warn',
@@ -68,8 +72,7 @@ export class Site {
     const problems: string[] = [];
     page.on('pageerror', (error) => problems.push(String(error)));
     page.on('console', (message) => {
-      if (message.type() === 'error' && !/WebSocket connection to/.test(message.text()))
-        problems.push(message.text());
+      if (message.type() === 'error' && !LOST.test(message.text())) problems.push(message.text());
     });
     const base = this.#server.resolvedUrls?.local[0];
     await page.goto(`${base}?server=${server}`);
