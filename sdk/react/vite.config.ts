@@ -15,6 +15,7 @@ export default defineConfig({
     },
   },
   test: {
+    alias: [{ find: /^tornado-bcast-react(?=\/|$)/, replacement: `${import.meta.dirname}/src` }],
     include: ['test/**/*.test.{ts,tsx}'],
     restoreMocks: true,
     testTimeout: 10_000,
