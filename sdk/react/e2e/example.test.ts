@@ -55,6 +55,10 @@ describe.skipIf(!chromium)('the example', () => {
     await until(`"${last}" is shown`, async () => (await lines(tab.page, name)).includes(last), 30_000);
     await sleep(300);
     expect(await lines(tab.page, name)).toEqual(numbered(name, number));
+    const numbers = await tab.page
+      .locator('ol li[data-seq]')
+      .evaluateAll((all) => all.map((line) => Number(line.getAttribute('data-seq'))));
+    expect(numbers).toEqual(numbers.map((_, index) => (numbers[0] as number) + index));
   }
 
   const status = () => tab.page.locator('.status').getAttribute('data-state');
