@@ -121,7 +121,7 @@ export interface ReconnectOptions {
   min?: number;
   /** No pause is longer, ms (but for the server's `retryAfter`). @default 20_000 */
   max?: number;
-  /** Tries without a connection before the client is `closed` with `connect_failed`. @default Infinity */
+  /** Tries in a row that may fail before the client is `closed` with `connect_failed`. @default Infinity */
   attempts?: number;
 }
 
@@ -149,8 +149,6 @@ export interface ClientOptions {
   queue?: QueueOptions | 'reject';
   /** Where the session id is kept: `sessionStorage` resumes it after a reload of the page. @default 'memory' */
   storage?: 'memory' | 'sessionStorage';
-  /** Write frames to the console, without token and session. @default false */
-  debug?: boolean;
   /** The same as `on('status', ...)`. */
   onStatus?: (status: Status) => void;
   /** The same as `on('error', ...)`. */

@@ -9,7 +9,8 @@ const LONGEST = 200;
 const MOST = 32;
 
 export const createAcks = (link: Link) => {
-  const due = new Map<string, Position>();
+  /** The highest of each channel and epoch, for an ack speaks for its own epoch alone. */
+  const due = new Map<string, Position & { channel: string }>();
   let count = 0;
   let flushedAt = -LONGEST;
   let timer: Timer;
@@ -19,7 +20,7 @@ export const createAcks = (link: Link) => {
     timer = undefined;
     count = 0;
     if (due.size) flushedAt = now();
-    for (const [channel, position] of due) link.send({ type: 'ack', channel, ...position });
+    for (const position of due.values()) link.send({ type: 'ack', ...position });
     due.clear();
   };
 
@@ -31,19 +32,11 @@ export const createAcks = (link: Link) => {
      * which a hidden page gets late; there nothing waits at all.
      */
     add(channel: string, { epoch, seq }: Position) {
-      const old = due.get(channel);
-      // An ack speaks for its own epoch alone.
-      if (old && old.epoch !== epoch) flush();
-      if (!(old && old.epoch === epoch && old.seq > seq)) due.set(channel, { epoch, seq });
-      const since = now() - flushedAt;
-      if (++count >= MOST || since >= LONGEST || isHidden()) flush();
-      else timer ??= setTimeout(flush, LONGEST - since);
-    },
-
-    /** The connection has gone, and with it what was to be told. */
-    clear() {
-      due.clear();
-      flush();
+      const key = `${channel} ${epoch}`;
+      due.set(key, { channel, epoch, seq: Math.max(seq, due.get(key)?.seq ?? 0) });
+      const wait = flushedAt + LONGEST - now();
+      if (++count >= MOST || wait <= 0 || isHidden()) flush();
+      else timer ??= setTimeout(flush, wait);
     },
   };
 };

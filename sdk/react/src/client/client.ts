@@ -2,6 +2,7 @@
 import type {
   ClientEvents,
   ClientOptions,
+  Message,
   Published,
   PublishOptions,
   Snapshot,
@@ -11,14 +12,11 @@ import { createAcks } from './acks.js';
 import { createConnection } from './connection.js';
 import { BroadcastError } from './errors.js';
 import { createPublisher } from './publisher.js';
-import { createTopics } from './topics.js';
-import type { ErrorFrame } from './wire.js';
+import { createTopic, type Topic } from './topic.js';
+import type { ErrorFrame, MessageFrame } from './wire.js';
 
-/** 128 random bits, also where a page is no secure context. */
-const randomId = () =>
-  Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, '0')).join(
-    '',
-  );
+/** 128 random bits; `randomUUID` is not there where a page is no secure context. */
+const randomId = () => crypto.getRandomValues(new Uint32Array(4)).join('-');
 
 /**
  * A connection to a tornado-bcast server that mends itself. Nothing happens before `connect()`.
@@ -31,31 +29,35 @@ const randomId = () =>
  * ```
  */
 export class BroadcastClient {
-  readonly url: string;
+  declare readonly url: string;
 
   /** Connect, unless that is done or under way. Also after `close()`. */
-  readonly connect: () => void;
+  declare readonly connect: () => void;
 
   /** End the connection; what waits to be published is rejected with `closed`. */
-  readonly close: () => void;
+  declare readonly close: () => void;
 
   /** Connect anew and at once, with a new token. */
-  readonly reconnect: () => void;
+  declare readonly reconnect: () => void;
 
   /** Listen to a channel; may be called before `connect()`. Returns its undo. */
-  readonly subscribe: <T = unknown>(channel: string, options?: SubscribeOptions<T>) => () => void;
+  declare readonly subscribe: <T = unknown>(channel: string, options?: SubscribeOptions<T>) => () => void;
 
   /** Publish to a channel (null: to all). Always settles; rejects with a {@link BroadcastError}. */
-  readonly publish: (channel: string | null, data: unknown, options?: PublishOptions) => Promise<Published>;
+  declare readonly publish: (
+    channel: string | null,
+    data: unknown,
+    options?: PublishOptions,
+  ) => Promise<Published>;
 
   /** Publish, and hear no more of it. True: it left, or is queued. */
-  readonly send: (channel: string | null, data: unknown) => boolean;
+  declare readonly send: (channel: string | null, data: unknown) => boolean;
 
   /** The present state. */
-  readonly getSnapshot: () => Snapshot;
+  declare readonly getSnapshot: () => Snapshot;
 
   /** Listen to an event. Returns its undo. */
-  readonly on: <E extends keyof ClientEvents>(
+  declare readonly on: <E extends keyof ClientEvents>(
     event: E,
     listener: (...args: ClientEvents[E]) => void,
   ) => () => void;
@@ -90,7 +92,7 @@ export class BroadcastClient {
       emit('status', snapshot.status);
     };
 
-    const heard = (lastMessage: Snapshot['lastMessage'] & {}) => {
+    const heard = (lastMessage: Message) => {
       snapshot = { ...snapshot, lastMessage };
       emit('message', lastMessage);
     };
@@ -100,6 +102,8 @@ export class BroadcastClient {
       else console.error(error);
     };
 
+    const isClosed = () => snapshot.status === 'closed';
+
     const on: typeof this.on = (event, listener) => {
       listeners[event].add(listener);
       return () => {
@@ -107,65 +111,77 @@ export class BroadcastClient {
       };
     };
 
+    const topics = new Map<string, Topic>();
+
+    const openTopic = (channel: string) => {
+      const released = () => topics.delete(channel);
+      const topic = topics.get(channel) ?? createTopic(channel, { link, acks, heard, failed, released });
+      topics.set(channel, topic);
+      return topic;
+    };
+
     const connection = createConnection(url, options, nextId, {
       status(status, error) {
-        if (status === 'closed') {
-          publisher.close();
-          topics.close(error);
-        } else {
-          publisher.open();
-          topics.open();
-        }
-        if (status !== snapshot.status || error) set({ status, error: error ?? snapshot.error });
+        if (status !== snapshot.status || error) set({ status, ...(error && { error }) });
         if (error) failed(error);
+        if (isClosed()) {
+          publisher.close();
+          for (const topic of topics.values()) topic.end(error);
+        }
       },
-      trouble(error) {
-        set({ error });
-        failed(error);
-      },
-      opened(ack) {
-        topics.up(ack);
-        publisher.up(ack.limits);
-        set({ status: 'open', clientId: ack.clientId, error: undefined });
+      opened({ clientId, limits, subscriptions }) {
+        const restored = new Map(subscriptions.map((one) => [one.channel, one]));
+        // The first frames are acks of what it has.
+        for (const channel of restored.keys()) topics.get(channel)?.ackAgain();
+        acks.flush();
+        for (const channel of new Set([...topics.keys(), ...restored.keys()]))
+          openTopic(channel).up(restored.get(channel));
+        publisher.up(limits);
+        set({ status: 'open', clientId, error: undefined });
       },
       lost(code) {
-        topics.down();
+        for (const topic of topics.values()) topic.down();
         publisher.down(code);
       },
       received(frame) {
-        if (frame.type === 'message') {
-          const { type: _, ...message } = frame;
+        const { type, ...rest } = frame as ErrorFrame | MessageFrame;
+        const topic = topics.get(rest.channel!);
+        if (type === 'message') {
+          const message = rest as Message;
           if (message.channel === undefined) heard(message);
-          else topics.receive(message);
-        } else if (frame.type === 'error') {
-          const error = frame as ErrorFrame;
-          const isNews = error.messageId === undefined && error.channel !== undefined;
-          if (!(isNews && topics.refused(error)))
-            failed(new BroadcastError(error.code, error.message, error));
+          else topic?.receive(message);
+        } else if (type === 'error') {
+          const error = rest as ErrorFrame;
+          if (topic && error.messageId === undefined) topic.refused(error);
+          else failed(new BroadcastError(error.code, error.message, error));
         }
       },
-      renewed: () => topics.retry(),
     });
     const { link } = connection;
     const acks = createAcks(link);
-    const topics = createTopics({ link, acks, heard, failed });
-    const publisher = createPublisher(link, nextId, options.queue);
+    const publisher = createPublisher(link, nextId, options.queue, isClosed);
     if (options.onStatus) on('status', options.onStatus);
     if (options.onError) on('error', options.onError);
 
-    const isDown = () => snapshot.status === 'idle' || snapshot.status === 'closed';
-    this.url = url;
-    this.connect = () => {
-      if (isDown()) connection.start();
-    };
-    this.reconnect = connection.start;
-    this.close = () => {
-      if (snapshot.status !== 'closed') connection.finish();
-    };
-    this.subscribe = (channel, given = {}) => topics.subscribe(channel, given as SubscribeOptions);
-    this.publish = publisher.publish;
-    this.send = publisher.send;
-    this.getSnapshot = () => snapshot;
-    this.on = on;
+    Object.assign(this, {
+      url,
+      connect() {
+        if (isClosed() || snapshot.status === 'idle') connection.start();
+      },
+      reconnect: connection.start,
+      close() {
+        if (!isClosed()) connection.finish();
+      },
+      subscribe(channel: string, given: SubscribeOptions = {}) {
+        const topic = openTopic(channel);
+        const undo = topic.add(given);
+        if (isClosed()) topic.end(snapshot.error);
+        return undo;
+      },
+      publish: publisher.publish,
+      send: publisher.send,
+      getSnapshot: () => snapshot,
+      on,
+    });
   }
 }

@@ -2,92 +2,72 @@
 import type { Position, SubscribeOptions, SubscriptionStatus } from '../types.js';
 import { BroadcastError } from './errors.js';
 
-type Callback = 'onMessage' | 'onGap' | 'onStatus';
+export interface Listener {
+  readonly options: SubscribeOptions;
+  /** Hears the errors that this one has no `onError` for. */
+  readonly failed: (error: BroadcastError) => void;
+  /** Its beginning is settled, though messages before may still wait. */
+  isBegun?: boolean;
+  recovered?: boolean;
+  /** It hears what has a higher number; undefined: it has not begun. */
+  at?: number;
+  /** The last that it has heard of each epoch, for numbers may begin anew. */
+  readonly seen: Map<string, number>;
+}
 
-/** `failed` hears the errors that this one has no `onError` for. */
-export const createListener = (
-  channel: string,
-  options: SubscribeOptions,
-  failed: (error: BroadcastError) => void,
-) => {
-  /** It hears what has a higher number, of an epoch of which it has not heard it yet. */
-  let at: number | undefined;
-  const seen = new Map<string, number>();
+/** It has a wish that was not asked for yet. */
+export const isWaiting = ({ isBegun, options }: Listener) => !isBegun && (options.since ?? options.last);
 
-  const tell = (error: BroadcastError) => {
-    try {
-      if (options.onError) options.onError(error);
-      else failed(error);
-    } catch (cause) {
-      failed(toError(cause));
-    }
-  };
-
-  const toError = (cause: unknown) =>
-    cause instanceof BroadcastError
-      ? cause
-      : new BroadcastError('unknown', `A callback threw: ${cause}`, { channel, cause });
-
-  const thrown = (cause: unknown) => tell(toError(cause));
-
-  /** A promise where the callback gave one; it never rejects. */
-  const call = <K extends Callback>(
-    name: K,
-    ...args: Parameters<NonNullable<SubscribeOptions[K]>>
-  ): PromiseLike<unknown> | undefined => {
-    try {
-      const callback = options[name] as ((...args: unknown[]) => unknown) | undefined;
-      const result = callback?.(...args) as PromiseLike<unknown> | undefined;
-      return typeof result?.then === 'function' ? result.then(undefined, thrown) : undefined;
-    } catch (cause) {
-      thrown(cause);
-      return undefined;
-    }
-  };
-
-  const one = {
-    options,
-    call,
-    tell,
-    /** Its beginning is settled, though messages before may still wait. */
-    isBegun: false,
-    recovered: undefined as boolean | undefined,
-
-    /** It has a wish that was not asked for yet. */
-    isWaiting: () => !one.isBegun && (options.since || options.last !== undefined),
-
-    isLike: ({ since, last }: SubscribeOptions) =>
-      since?.epoch === options.since?.epoch && since?.seq === options.since?.seq && last === options.last,
-
-    begin({ epoch, seq }: Position) {
-      at = seq;
-      seen.set(epoch, seq);
-    },
-
-    /** Whether it has not heard this position yet; now it has. */
-    isFresh(position?: Position) {
-      if (at === undefined) return false;
-      if (!position) return true;
-      const { epoch, seq } = position;
-      if (seq <= at || seq <= (seen.get(epoch) ?? -1)) return false;
-      at = seq;
-      seen.set(epoch, seq);
-      return true;
-    },
-
-    miss(channel: string, from?: Position, to?: Position) {
-      if (at === undefined) return;
-      if (to) at = to.seq;
-      one.recovered = false;
-      call('onGap', { channel, ...(from && { from }), ...(to && { to }) });
-    },
-
-    tellStatus(status: SubscriptionStatus, error: BroadcastError | undefined) {
-      const present = status === 'subscribed' && !one.isBegun ? 'subscribing' : status;
-      call('onStatus', present, { recovered: one.recovered, error });
-    },
-  };
-  return one;
+export const tell = ({ options, failed }: Listener, cause: unknown) => {
+  const error =
+    cause instanceof BroadcastError ? cause : new BroadcastError('unknown', `${cause}`, { cause });
+  try {
+    (options.onError ?? failed)(error);
+  } catch {
+    failed(error);
+  }
 };
 
-export type Listener = ReturnType<typeof createListener>;
+/** A promise where the callback gave one; it never rejects. */
+export const call = <K extends 'onMessage' | 'onGap' | 'onStatus'>(
+  one: Listener,
+  name: K,
+  ...args: Parameters<NonNullable<SubscribeOptions[K]>>
+) => {
+  const thrown = (cause: unknown) => tell(one, cause);
+  try {
+    const callback = one.options[name] as ((...args: unknown[]) => unknown) | undefined;
+    return (callback?.(...args) as PromiseLike<unknown> | undefined)?.then?.(undefined, thrown);
+  } catch (cause) {
+    thrown(cause);
+  }
+  return undefined;
+};
+
+/** Hear what comes after this position. */
+export const begin = (one: Listener, { epoch, seq }: Position) => {
+  one.at = seq;
+  one.seen.set(epoch, seq);
+};
+
+/** Whether it has not heard this position yet; now it has. */
+export const isFresh = (one: Listener, position?: Position) => {
+  if (one.at === undefined) return false;
+  if (!position) return true;
+  const { epoch, seq } = position;
+  if (seq <= one.at || seq <= one.seen.get(epoch)!) return false;
+  begin(one, position);
+  return true;
+};
+
+/** Messages were missed. */
+export const miss = (one: Listener, channel: string, from?: Position, to?: Position) => {
+  if (one.at === undefined) return;
+  if (to) one.at = to.seq;
+  one.recovered = false;
+  call(one, 'onGap', { channel, ...(from && { from }), ...(to && { to }) });
+};
+
+export const tellStatus = (one: Listener, status: SubscriptionStatus, error?: BroadcastError) => {
+  call(one, 'onStatus', status, { recovered: one.recovered, error });
+};

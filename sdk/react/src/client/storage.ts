@@ -1,30 +1,27 @@
 /** Where the secret id of the session is kept. */
 
-/** In memory, and in this tab's `sessionStorage` too where `kept`. */
-export const createSession = (url: string, kept: boolean) => {
+/** In memory, and in this tab's `sessionStorage` too where `isKept`. */
+export const createSession = (url: string, isKept: boolean) => {
   const key = `tornado-bcast:${url}`;
-  let session: string | null | undefined;
 
-  /** Runs without a storage too: on a server, or where the browser forbids it. */
-  const stored = <R>(use: (storage: Storage) => R) => {
+  /** Does nothing where there is no storage: on a server, or where the browser forbids it. */
+  const stored = (use: (storage: Storage) => void) => {
     try {
-      return kept ? use(sessionStorage) : null;
-    } catch {
-      return null;
-    }
+      if (isKept) use(sessionStorage);
+    } catch {}
   };
 
-  return {
-    get() {
-      if (session === undefined) session = stored((storage) => storage.getItem(key));
-      return session;
-    },
+  const session = {
+    id: null as string | null,
 
     /** Null: the session is another one's now. */
     set(id: string | null) {
-      if (id === session) return;
-      session = id;
+      session.id = id;
       stored((storage) => (id ? storage.setItem(key, id) : storage.removeItem(key)));
     },
   };
+  stored((storage) => {
+    session.id = storage.getItem(key);
+  });
+  return session;
 };

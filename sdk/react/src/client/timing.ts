@@ -2,8 +2,9 @@
 
 export type Timer = ReturnType<typeof setTimeout> | undefined;
 
-/** A timer cannot wait longer, ms. */
-export const LONGEST_TIMER = 2 ** 31 - 1;
+/** A timer for any time: what is longer than 24 days is 24 days. */
+export const after = <A extends unknown[]>(ms: number, task: (...args: A) => void, ...args: A) =>
+  setTimeout(task, Math.min(ms, 2 ** 31 - 1), ...args);
 
 /** ms of a clock that only runs forward. */
 export const now = () => performance.now();

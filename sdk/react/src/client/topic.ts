@@ -1,13 +1,13 @@
 /**
- * One channel: how far it was heard and handled, and what the server is to be told of that.
+ * One channel: how far it was heard, and what the server is to be told of that.
  *
- * `place` is the position up to which messages were received, `done` the one up to which they were handled. What
- * listeners are told in order waits in `tasks` while the promise of a callback holds it back.
+ * `place` is the position up to which messages were received. What listeners are told in order waits in `tasks`
+ * while the promise of a callback holds it back.
  */
 import type { Message, Position, SubscribeOptions, SubscriptionStatus } from '../types.js';
 import type { Acks } from './acks.js';
 import { BroadcastError } from './errors.js';
-import { createListener, type Listener } from './listener.js';
+import { begin, call, isFresh, isWaiting, type Listener, miss, tell, tellStatus } from './listener.js';
 import { backoff, type Timer } from './timing.js';
 import type { ErrorFrame, Link, Restored, SubscribeAck } from './wire.js';
 
@@ -36,36 +36,31 @@ export const createTopic = (channel: string, { link, acks, heard, failed, releas
   const tasks: (() => unknown)[] = [];
   let isBusy = false;
   let place: Position | undefined;
-  let done: Position | undefined;
   /** The epochs of the line of numbers that `place` is on. */
   const epochs = new Set<string>();
   let status: SubscriptionStatus = 'idle';
-  let error: BroadcastError | undefined;
-  /** A subscribe is under way, and this is the present one. */
-  let pending: object | undefined;
+  /** A subscribe is under way. */
+  let isPending = false;
   /** The next subscribe asks for what comes after `place`, whatever listeners wish. */
   let isOwn = false;
   /** What came could not be taken: it is fetched once it can. */
   let isStale = false;
-  /** The connection was lost since it was subscribed. */
+  /** It was subscribed, and is not any more. */
   let isBroken = false;
   /** Messages were lost before this page had a place. */
   let isGone = false;
   /** The server waits for acks. */
-  let isAcking = false;
+  let isAcking: boolean | undefined;
   /** Counts subscribes: an ack of what came before would be taken for one of what comes after. */
   let run = 0;
-  let tries = 0;
   let timer: Timer;
   let releaseTimer: Timer;
 
-  const setStatus = (next: SubscriptionStatus, why?: BroadcastError) => {
+  const setStatus = (next: SubscriptionStatus, error?: BroadcastError) => {
+    if (status === 'subscribed') isBroken = true;
     status = next;
-    error = why;
-    for (const one of [...listeners]) one.tellStatus(status, error);
+    for (const one of listeners) tellStatus(one, next, error);
   };
-
-  // In order
 
   const enqueue = (task: () => unknown) => {
     tasks.push(task);
@@ -76,12 +71,11 @@ export const createTopic = (channel: string, { link, acks, heard, failed, releas
     while (!isBusy && tasks.length) {
       isBusy = true;
       const waits = tasks.shift()!() as Promise<unknown> | undefined;
-      if (waits)
-        waits.then(() => {
-          isBusy = false;
-          work();
-        });
-      else isBusy = false;
+      const next = () => {
+        isBusy = false;
+      };
+      if (waits) waits.then(next).then(work);
+      else next();
     }
     if (isStale && !isBusy && listeners.size) {
       isStale = false;
@@ -90,22 +84,21 @@ export const createTopic = (channel: string, { link, acks, heard, failed, releas
     }
   };
 
-  const deliver = (message: Message, position?: Position, isNew?: boolean) => {
+  const deliver = (message: Message, position?: Position) => {
     const mine = run;
-    const fresh = [...listeners].filter((one) => one.isFresh(position));
-    if (fresh.length) heard(message);
-    const waits = fresh.map((one) => one.call('onMessage', message)).filter(Boolean);
-    const handled = () => {
-      if (!position || mine !== run) return;
-      if (isNew) done = position;
-      if (isAcking) acks.add(channel, position);
-    };
-    return waits.length ? Promise.all(waits).then(handled) : handled();
+    const fresh = [...listeners].filter((one) => isFresh(one, position));
+    if (fresh[0]) heard(message);
+    const waits = fresh.map((one) => call(one, 'onMessage', message)).filter(Boolean);
+    const handled = () => position && mine === run && ack(position);
+    return waits[0] ? Promise.all(waits).then(handled) : void handled();
+  };
+
+  const ack = (position: Position) => {
+    if (isAcking) acks.add(channel, position);
   };
 
   /** Messages were or may have been missed: it goes on after `to`. */
   const lose = (to?: Position) => {
-    const mine = run;
     const from = place;
     place = to;
     if (to) {
@@ -113,217 +106,181 @@ export const createTopic = (channel: string, { link, acks, heard, failed, releas
       epochs.add(to.epoch);
     }
     enqueue(() => {
-      if (to && mine === run) {
-        done = to;
-        // The server tells a loss again until it has this.
-        if (isAcking) acks.add(channel, to);
-      }
-      for (const one of [...listeners]) one.miss(channel, from, to);
+      // The server tells a loss again until it has this.
+      if (to) ack(to);
+      for (const one of listeners) miss(one, channel, from, to);
     });
   };
 
-  // To the server
+  /** This one hears what comes after this position. */
+  const settle = (one: Listener, at: Position) => {
+    one.isBegun = one.recovered = true;
+    enqueue(() => begin(one, at));
+  };
 
   /** Fetch what was missed after `place`. */
   const renew = () => {
-    if (pending) return;
     isOwn = true;
     subscribe();
-  };
-
-  const subscribe = () => {
-    clearTimeout(timer);
-    if (!link.isOpen()) return;
-    const asked = isOwn ? undefined : [...listeners].find((one) => one.isWaiting())?.options;
-    const since = asked ? asked.since : place;
-    isOwn = isStale = false;
-    acks.flush();
-    run++;
-    isAcking = wantsAcks();
-    const request = {};
-    pending = request;
-    if (status !== 'subscribing') setStatus('subscribing');
-    link.request(
-      { type: 'subscribe', channel, ack: isAcking || undefined, since, last: asked?.last },
-      (answer) => {
-        if (pending !== request) return;
-        clearTimeout(timer);
-        if (answer.type === 'ack') subscribed(answer, since, asked);
-        else refused(answer);
-      },
-    );
-    timer = setTimeout(subscribe, ANSWER);
   };
 
   const wantsAcks = () => [...listeners].some(({ options }) => options.ack !== false);
 
   /** Listeners wish something that the present subscription does not give. */
-  const isUnsettled = () =>
-    [...listeners].some((one) => one.isWaiting()) || (place && !isAcking && wantsAcks());
+  const isUnsettled = () => [...listeners].some(isWaiting) || (place && !isAcking && wantsAcks());
+
+  const subscribe = () => {
+    clearTimeout(timer);
+    if (!link.isOpen()) return;
+    const asked = isOwn ? undefined : [...listeners].find(isWaiting)?.options;
+    const { since, last } = asked ?? { since: place };
+    isPending = true;
+    isOwn = isStale = false;
+    acks.flush();
+    run++;
+    isAcking = wantsAcks();
+    if (status !== 'subscribing') setStatus('subscribing');
+    link.request({ type: 'subscribe', channel, ack: isAcking || undefined, since, last }, (answer) => {
+      if (!isPending) return;
+      clearTimeout(timer);
+      if (answer.type === 'ack') subscribed(answer, since, asked);
+      else refused(answer);
+    });
+    timer = setTimeout(subscribe, ANSWER);
+  };
 
   /** `since` is what was asked for; `asked` whose wish that was, if it was not the place of all. */
-  const subscribed = (ack: SubscribeAck, since?: Position, asked?: SubscribeOptions) => {
-    const { epoch, seq = 0, replayed = 0, recovered } = ack;
-    pending = undefined;
-    tries = 0;
-    // Another line of numbers: first see what has become of the place.
-    if (asked && place && epoch !== undefined && !epochs.has(epoch)) return renew();
-
-    const start = epoch === undefined ? undefined : { epoch, seq: seq - replayed };
-    const isLost = !!since && !recovered;
-    // The others would miss what is between.
-    const skips = !!asked && !!place && !!start && start.seq > place.seq;
-    for (const one of [...listeners]) {
-      const isAsked = asked && one.isLike(asked);
+  const subscribed = (
+    { epoch, seq = 0, replayed = 0, recovered }: SubscribeAck,
+    since?: Position,
+    asked?: SubscribeOptions,
+  ) => {
+    const start = epoch ? { epoch, seq: seq - replayed } : undefined;
+    const isLost = since && !recovered;
+    isPending = false;
+    for (const one of listeners) {
+      const isAsked = one.options === asked;
       if (one.isBegun) one.recovered = true;
-      else if (isAsked || !start || !one.isWaiting()) {
-        begin(one, { epoch: epoch ?? '', seq: asked && !isAsked ? seq : (start?.seq ?? 0) });
-        if (isAsked && isLost) enqueue(() => one.miss(channel, since, start));
+      else if (isAsked || !start || !isWaiting(one)) {
+        settle(one, { epoch: epoch ?? '', seq: start && (isAsked || !asked) ? start.seq : seq });
+        if (isAsked && isLost) enqueue(() => miss(one, channel, since, start));
       }
     }
 
+    // The others would miss what is between.
+    const skips = asked && place && start && start.seq > place.seq;
     if (start ? place && !asked && (isLost || isGone) : isBroken) lose(start);
-    else if (!start) place = undefined;
-    else if (!place || (asked && !skips)) {
-      // The first time; or back to where a listener wishes to begin.
-      const begin = since && recovered ? since : start;
-      place = begin;
-      epochs.add(begin.epoch).add(start.epoch);
-      enqueue(() => {
-        done = begin;
-      });
-    } else epochs.add(start.epoch);
+    // The first time, or back to where a listener wishes to begin; else it is where it was.
+    else if (!skips) place = isLost ? start : (since ?? start);
+    if (start) epochs.add(place!.epoch).add(start.epoch);
     isBroken = isGone = false;
     setStatus('subscribed');
     if (skips) renew();
     else if (isUnsettled()) subscribe();
   };
 
-  /** What comes after this position is for this one too. */
-  const begin = (one: Listener, at: Position) => {
-    one.isBegun = one.recovered = true;
-    enqueue(() => one.begin(at));
-  };
-
-  const refused = (frame: ErrorFrame) => {
-    const { code, retryAfter } = frame;
+  const refused = ({ code, message, retryAfter }: ErrorFrame) => {
     if (code === 'rate_limited' || code === 'unavailable' || code === 'internal') {
-      timer = setTimeout(subscribe, retryAfter ?? backoff(++tries));
+      timer = setTimeout(subscribe, retryAfter ?? backoff(3));
       return;
     }
-    pending = undefined;
-    const why = new BroadcastError(code, frame.message, { ...frame, channel });
-    setStatus('failed', why);
-    for (const one of [...listeners]) one.tell(why);
+    const error = new BroadcastError(code, message, { channel });
+    isPending = false;
+    setStatus('failed', error);
+    for (const one of listeners) tell(one, error);
   };
 
   const release = () => {
-    releaseTimer = undefined;
-    if (listeners.size) return;
     clearTimeout(timer);
-    pending = {};
     link.request({ type: 'unsubscribe', channel }, () => {});
     released(channel);
   };
 
   return {
     add(options: SubscribeOptions) {
-      const one = createListener(channel, options, failed);
+      const one: Listener = { options, failed, seen: new Map() };
       clearTimeout(releaseTimer);
-      releaseTimer = undefined;
       listeners.add(one);
-      if (!place) isStale = false;
-      if (place ? !one.isWaiting() : status === 'subscribed') begin(one, place ?? { epoch: '', seq: 0 });
-      if (status === 'idle') status = 'subscribing';
-      one.tellStatus(status, error);
+      isStale &&= !!place;
+      if (place ? !isWaiting(one) : status === 'subscribed') settle(one, place ?? { epoch: '', seq: 0 });
+      if (status !== 'subscribed') status = 'subscribing';
+      tellStatus(one, status);
       // After whatever else happens now: a component may come, go and come again at once.
       queueMicrotask(() => {
-        if (!pending && listeners.size && (status !== 'subscribed' || isUnsettled() || isStale)) subscribe();
+        if (!isPending && listeners.size && (status !== 'subscribed' || isUnsettled() || isStale))
+          subscribe();
       });
       return () => {
-        listeners.delete(one);
-        if (!listeners.size) releaseTimer ??= setTimeout(release, RELEASE);
+        if (listeners.delete(one) && !listeners.size) releaseTimer = setTimeout(release, RELEASE);
       };
     },
 
     receive(message: Message) {
       const { seq, epoch } = message;
+      const position = epoch && seq ? { epoch, seq } : undefined;
       if (isStale || !listeners.size || tasks.length >= MOST) isStale = true;
-      else if (seq === undefined || epoch === undefined) enqueue(() => deliver(message));
+      else if (!position) enqueue(() => deliver(message));
       // What comes while it subscribes comes again after the answer.
-      else if (place && !pending) {
-        const position = { epoch, seq };
-        if (seq === place.seq + 1) {
+      else if (place && !isPending) {
+        const isNext = position.seq === place.seq + 1;
+        if (isNext) {
           place = position;
-          epochs.add(epoch);
-          enqueue(() => deliver(message, position, true));
-        } else if (seq > place.seq || !epochs.has(epoch)) renew();
-        // It came before, and is acked again; what still waits will be.
-        else if (!isBusy) enqueue(() => deliver(message, position));
+          epochs.add(position.epoch);
+        } else if (position.seq > place.seq || !epochs.has(position.epoch)) return renew();
+        // What came before is acked again; but what still waits will be.
+        if (isNext || !isBusy) enqueue(() => deliver(message, position));
       }
     },
 
-    /** The server says that messages are lost. It may say so again. */
-    lost({ epoch = '', seq = 0 }: ErrorFrame) {
-      if (pending) return;
-      if (!place || seq > place.seq || !epochs.has(epoch)) lose({ epoch, seq });
-      else if (isAcking) acks.add(channel, { epoch, seq });
+    /** The server says unasked that messages are lost (it may say so again), or has ended the subscription. */
+    refused(frame: ErrorFrame) {
+      const { code, epoch = '', seq = 0 } = frame;
+      if (code !== 'history_lost') refused(frame);
+      else if (place && seq <= place.seq && epochs.has(epoch)) ack({ epoch, seq });
+      else lose({ epoch, seq });
     },
 
-    /** The server has ended the subscription. */
-    refused,
-
-    /** What the server may not have heard before the connection was lost. */
-    tellDone() {
-      if (done && wantsAcks()) acks.add(channel, done);
+    /** Tell what is handled: the server may not have heard it before the connection was lost. */
+    ackAgain() {
+      if (place && !isBusy) ack(place);
     },
 
     /** There is a connection; `restored` where its session has this channel. */
     up(restored?: Restored) {
-      pending = undefined;
+      isPending = false;
       isOwn = !!place;
-      if (!restored) {
-        if (listeners.size) subscribe();
-        else released(channel);
-        return;
-      }
-      const { epoch, seq = 0, recovered } = restored;
-      if (!place && epoch !== undefined) {
-        place = done = { epoch, seq };
-        epochs.add(epoch);
-        isGone = !recovered;
-        isOwn = true;
-        for (const one of listeners) if (!one.isWaiting()) begin(one, place);
-      }
-      if (!listeners.size) {
-        isStale = true;
-        status = 'subscribed';
-        releaseTimer ??= setTimeout(release, UNASKED);
-      } else if (!place) subscribed({ persistent: false });
-      else if (recovered && wantsAcks() && seq <= place.seq) {
-        isAcking = true;
-        subscribed({ persistent: true, epoch: epoch!, seq: place.seq, recovered });
-      } else subscribe();
-    },
-
-    /** What was forbidden may be allowed now. */
-    retry() {
-      if (status === 'failed') subscribe();
+      if (restored) {
+        const { epoch, seq = 0, recovered } = restored;
+        if (!place && epoch) {
+          isOwn = true;
+          place = { epoch, seq };
+          epochs.add(epoch);
+          isGone = !recovered;
+          for (const one of listeners) if (!isWaiting(one)) settle(one, place);
+        }
+        if (!listeners.size) {
+          isStale = true;
+          status = 'subscribed';
+          clearTimeout(releaseTimer);
+          releaseTimer = setTimeout(release, UNASKED);
+        } else if (!place) subscribed({});
+        else if (recovered && wantsAcks() && seq <= place.seq) {
+          isAcking = true;
+          subscribed({ epoch: epoch!, seq: place.seq, recovered });
+        } else subscribe();
+      } else if (listeners.size) subscribe();
+      else released(channel);
     },
 
     down() {
-      pending = undefined;
+      isPending = false;
       clearTimeout(timer);
-      if (status !== 'subscribed') return;
-      isBroken = true;
-      setStatus('subscribing');
+      if (status === 'subscribed') setStatus('subscribing');
     },
 
     /** The client is closed. */
-    end(why?: BroadcastError) {
-      pending = undefined;
-      clearTimeout(timer);
-      setStatus(why ? 'failed' : 'idle', why);
+    end(error?: BroadcastError) {
+      setStatus(error ? 'failed' : 'idle', error);
     },
   };
 };

@@ -30,7 +30,6 @@ export interface ConnectAck {
 }
 
 export interface SubscribeAck {
-  persistent: boolean;
   epoch?: string;
   seq?: number;
   recovered?: boolean;
@@ -57,18 +56,23 @@ export interface ErrorFrame extends Partial<Position> {
   retryAfter?: number;
 }
 
-export type ServerFrame = ({ type: 'message' } & Message) | ConnectAck | Ack | ErrorFrame | { type: 'ping' };
+export type MessageFrame = { type: 'message' } & Message;
 
-/** What a client sends: an object, or JSON that is ready. */
-export type ClientFrame = string | { type: string; [field: string]: unknown };
+export type ServerFrame = MessageFrame | ConnectAck | Ack | ErrorFrame | { type: 'ping' };
+
+export type ClientFrame = { type: string; [field: string]: unknown };
 
 /** How the parts of a client reach the connection. */
 export interface Link {
   isOpen(): boolean;
   /** The network does not take what is sent as fast as it comes. */
   isCrowded(): boolean;
-  /** False where there is no connection. */
-  send(frame: ClientFrame): boolean;
+  /** Nothing happens where there is no connection. */
+  send(frame: ClientFrame): void;
   /** Send a request; `answer` hears its ack or error, and nothing when the connection is lost before. */
-  request(frame: ClientFrame, answer: (frame: Ack | ErrorFrame) => void, id?: string): void;
+  request(frame: ClientFrame, answer: Answer): void;
+  /** The same, of JSON that is ready and has this `messageId`. */
+  sendText(json: string, messageId?: string, answer?: Answer): void;
 }
+
+export type Answer = (frame: Ack | ErrorFrame) => void;
