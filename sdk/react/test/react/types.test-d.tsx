@@ -67,7 +67,7 @@ it('the connection', () => {
 });
 
 it('a provider has a url or a client', () => {
-  void (<BroadcastProvider url="ws://x" getToken={async () => null} options={{ debug: true }} />);
+  void (<BroadcastProvider url="ws://x" getToken={async () => null} options={{ queue: 'reject' }} />);
   void (<BroadcastProvider client={client} />);
   // @ts-expect-error: neither
   void (<BroadcastProvider />);
