@@ -76,19 +76,19 @@ export interface Position {
 export interface Gap {
   channel: string;
   /** The last position that was seen. Absent on channels that are not persistent. */
-  from?: Position;
+  from?: Position | undefined;
   /** It goes on after this position. Absent on channels that are not persistent. */
-  to?: Position;
+  to?: Position | undefined;
 }
 
 /** What a message became. */
 export interface Published {
   messageId: string;
   /** On persistent channels. */
-  seq?: number;
-  epoch?: string;
+  seq?: number | undefined;
+  epoch?: string | undefined;
   /** It was taken before: an earlier try had arrived. */
-  duplicate?: boolean;
+  duplicate?: boolean | undefined;
 }
 
 /** The state of a client. Immutable: a new object whenever something changed, the same one otherwise. */

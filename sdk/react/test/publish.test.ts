@@ -390,12 +390,6 @@ describe('send', () => {
     expect(taken(server)).toEqual([1, 2, 3]);
   });
 
-  test('false where the network takes nothing more', async () => {
-    const { client, server } = await connected();
-    server.sockets[0]!.bufferedAmount = 2 ** 21;
-    expect(client.send('news', 1)).toBe(false);
-  });
-
   test('a refusal is told by the error event', async () => {
     const { client, server, errors } = await connected();
     server.onFrame = (frame, connection) => {

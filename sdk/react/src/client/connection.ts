@@ -14,8 +14,6 @@ import type { Ack, Answer, ConnectAck, Link, ServerFrame } from './wire.js';
 const STABLE = 10_000;
 /** How long a probed connection may be silent, ms. */
 const PROBE = 5_000;
-/** More bytes than this in the socket's own queue are too many. */
-const CROWDED = 1 << 20;
 
 export interface Hooks {
   /** `error`: what is wrong, if that is news. */
@@ -54,7 +52,6 @@ export const createConnection = (url: string, options: ClientOptions, nextId: ()
 
   const link: Link = {
     isOpen: () => isOpen,
-    isCrowded: () => isOpen && socket!.bufferedAmount > CROWDED,
 
     sendText(json, messageId, answer) {
       if (!isOpen) return;

@@ -113,11 +113,7 @@ export const createPublisher = (
     if (!entries.has(entry)) return;
     if (frame.type === 'ack') {
       const { seq, epoch, duplicate } = frame;
-      settle(entry, {
-        messageId: entry.id,
-        ...(seq && { seq, epoch: epoch! }),
-        ...(duplicate && { duplicate }),
-      });
+      settle(entry, { messageId: entry.id, seq, epoch, duplicate });
       return;
     }
     const { code, message, retryAfter } = frame;
@@ -181,7 +177,7 @@ export const createPublisher = (
     send(channel: string | null, data: unknown) {
       const id = nextId();
       const json = encode(channel, data, id);
-      if (isClosed() || !json || isTooLarge(json) || isFull() || link.isCrowded()) return false;
+      if (isClosed() || !json || isTooLarge(json) || isFull()) return false;
       add({ channel, id, json, until: Infinity });
       return true;
     },

@@ -65,8 +65,6 @@ export type ClientFrame = { type: string; [field: string]: unknown };
 /** How the parts of a client reach the connection. */
 export interface Link {
   isOpen(): boolean;
-  /** The network does not take what is sent as fast as it comes. */
-  isCrowded(): boolean;
   /** Nothing happens where there is no connection. */
   send(frame: ClientFrame): void;
   /** Send a request; `answer` hears its ack or error, and nothing when the connection is lost before. */
