@@ -19,7 +19,7 @@ const FLAGS = [
 ];
 
 /** What the browser and the client say while there is no way to the server. */
-const LOST = /WebSocket connection to|No connection to ws:/;
+const LOST = /WebSocket connection to|BroadcastError: Cannot connect to ws:/;
 
 /** The path of a Chromium, if there is one. */
 export function findChromium(): string | undefined {

@@ -237,7 +237,7 @@ describe('useBroadcastSocket', () => {
     await pass(200);
     expect(socket.error?.code).toBe('connect_failed');
     expect(socket.status).toBe('connecting');
-    expect(told()).toEqual([expect.stringContaining('No connection to ws://fake')]);
+    expect(told()).toEqual([expect.stringContaining('connect to ws://fake')]);
     server.isUp = true;
     await pass(200);
     expect([socket.status, socket.error]).toEqual(['open', undefined]);
