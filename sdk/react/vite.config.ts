@@ -23,7 +23,10 @@ export default defineConfig({
     },
   },
   test: {
-    alias: process.env.BUILT ? [built] : [],
+    alias: [
+      { find: /^tornado-bcast-react(?=\/|$)/, replacement: `${import.meta.dirname}/src` },
+      ...(process.env.BUILT ? [built] : []),
+    ],
     include: ['test/**/*.test.{ts,tsx}'],
     restoreMocks: true,
     testTimeout: 10_000,

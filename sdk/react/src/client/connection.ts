@@ -54,7 +54,8 @@ export const createConnection = (url: string, options: ClientOptions, nextId: ()
     isOpen: () => isOpen,
 
     sendText(json, messageId, answer) {
-      if (!isOpen) return;
+      // What is sent while it closes is lost, and browsers complain of it.
+      if (!isOpen || socket!.readyState !== 1) return;
       socket!.send(json);
       if (answer) answers.set(messageId!, answer);
     },
