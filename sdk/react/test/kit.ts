@@ -14,8 +14,12 @@ export const pass = (ms = 0) => vi.advanceTimersByTimeAsync(ms);
 /** Channels that begin with `p.` are persistent. */
 export const persistent = (channel: string) => channel.startsWith('p.');
 
+/** Chance as it is; in the tests it is always in the middle, unless one says otherwise. */
+export const chance = Math.random.bind(Math);
+
 export function setUp(options: ClientOptions = {}, given: FakeServerOptions = {}) {
   vi.useFakeTimers();
+  if (!vi.isMockFunction(Math.random)) vi.spyOn(Math, 'random').mockReturnValue(0.5);
   const server = new FakeServer({ persistent, ...given });
   const client = new BroadcastClient('ws://fake/ws', { WebSocket: server.WebSocket, ...options });
   const errors: string[] = [];
