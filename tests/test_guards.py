@@ -223,7 +223,14 @@ def document(name: str) -> Any:
 
 def pages() -> list[Path]:
     """Every page that people read."""
-    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "tests/vectors").glob("*.md")])
+    return sorted(
+        [
+            *ROOT.glob("*.md"),
+            *(ROOT / "docs").glob("*.md"),
+            *(ROOT / "tests/vectors").glob("*.md"),
+            ROOT / "sdk/react/README.md",
+        ]
+    )
 
 
 PROTOCOL = (ROOT / "docs/PROTOCOL.md").read_text()
