@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run lint test bench stress conformance image-test systemd-test install uninstall
+.PHONY: help run lint sdk test bench fuzz stress conformance image-test systemd-test install uninstall
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -26,7 +26,15 @@ lint: $(VENV)/test ## ruff, ruff format and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## lint and every test; installs what it needs
+sdk: $(VENV)/run ## lint, types, tests and size of the React SDK, and its example in a real browser
+	@if node -e 'process.exit(parseInt(process.versions.node) < 20)' 2>/dev/null && command -v npm >/dev/null; then \
+	    cd sdk/react && npm ci --no-audit --no-fund --loglevel=error && npm run check && npm run e2e; \
+	else \
+	    echo '*** no Node.js 20 with npm on PATH: the React SDK was NOT tested ***' >&2; \
+	    case "$$CI" in 1 | true) exit 1 ;; esac; \
+	fi
+
+test: lint sdk ## lint and every test; installs what it needs
 	$(BIN)/pytest -n 2
 
 bench: $(VENV)/test ## the benchmark, at most 10 minutes: bench/RESULTS.md (BENCH=--quick for a smoke run)
@@ -49,3 +57,6 @@ systemd-test: $(VENV)/test ## the installed service under a real systemd, in a D
 
 stress: $(VENV)/test ## too much of everything on the real daemon, some 10 minutes (STRESS=--quick, or a part's name)
 	$(BIN)/python tests/stress.py $(STRESS)
+
+fuzz: $(VENV)/test ## a million hostile inputs, at most 15 minutes (FUZZ="--seed 7 --inputs 10000")
+	$(BIN)/python tests/fuzz.py $(FUZZ)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 from urllib.parse import urlsplit
 
 import websockets
+from planted import PLANTED
 from websockets.asyncio.client import ClientConnection, connect
 
 T = TypeVar("T")
@@ -53,6 +54,8 @@ class Client:
         headers: Mapping[str, str] | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
+        PLANTED.add(*protocols or ())
+        PLANTED.add_request(path, headers)
         self._connecting = connect(
             url + path,
             subprotocols=protocols,  # type: ignore[arg-type]
@@ -81,6 +84,7 @@ class Client:
         self.socket = await self._connecting
         self._reader = asyncio.create_task(self._receive())
         self.hello = await self.next()
+        PLANTED.add_frame(self.hello)
         assert (self.hello["type"], self.hello["op"]) == ("ack", "connect"), self.hello
         return self
 
@@ -101,6 +105,7 @@ class Client:
             self._came.set()
 
     async def send(self, **frame: Any) -> None:
+        PLANTED.add_frame(frame)
         await self.socket.send(json.dumps(frame))
 
     async def send_text(self, text: str | bytes) -> None:
@@ -178,8 +183,11 @@ def client_frame(
         small = size if size < 126 else 126 if size < 1 << 16 else 127
         length = bytes([small]) + (b"" if size < 126 else pack("!H" if small == 126 else "!Q", size))
     masked = length[0] | (0x80 if mask is not None else 0)
-    key = mask or b"\x00\x00\x00\x00"
-    body = bytes(byte ^ key[index % 4] for index, byte in enumerate(payload))
+    body = payload
+    if mask is not None and any(mask):
+        # As one operation on two long integers: the fuzz makes many.
+        key = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
+        body = (int.from_bytes(payload, "big") ^ key).to_bytes(size, "big")
     return bytes([first, masked]) + length[1:] + (mask or b"") + body
 
 
@@ -193,6 +201,7 @@ def handshake(host: str, path: str = "/ws", headers: Mapping[str, str | None] | 
         "Sec-WebSocket-Version": "13",
         **(headers or {}),
     }
+    PLANTED.add_request(path, fields)
     lines = [f"{name}: {value}\r\n" for name, value in fields.items() if value is not None]
     return f"GET {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode()
 
@@ -325,6 +334,7 @@ async def http(
     if data is not None:
         fields |= {"Content-Type": "application/json", "Content-Length": str(len(data))}
     fields |= headers or {}
+    PLANTED.add_request(path, fields, body)
     head = f"{method} {path} HTTP/1.1\r\n"
     head += "".join(f"{name}: {value}\r\n" for name, value in fields.items() if value is not None)
     return await raw_http(url, head.encode() + b"\r\n" + (data or b""), tls=tls)

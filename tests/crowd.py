@@ -133,7 +133,7 @@ class Member(asyncio.Protocol):
 
     def _restored(self, entry: Event) -> None:
         assert self.position is not None
-        if not entry["recovered"] or entry["epoch"] != self.position[0] or entry["seq"] > self.position[1]:
+        if not entry["recovered"] or entry["seq"] > self.position[1]:
             self._crowd.wrong.append(f"at {self.position}, restored at {entry}")
         self._crowd.here.add(self)
         for message in self.unacked.values():
@@ -141,12 +141,13 @@ class Member(asyncio.Protocol):
 
     def _message(self, event: Event) -> None:
         assert self.position is not None
-        epoch, seq = self.position
+        seq = self.position[1]
         self._crowd.counts["received"] += 1
-        if event["epoch"] == epoch and event["seq"] == seq + 1:
-            self.position = epoch, seq + 1
+        if event["seq"] == seq + 1:
+            # Of another epoch when Redis was restarted meanwhile.
+            self.position = event["epoch"], seq + 1
             self.received.append(event["messageId"])
-        elif event["epoch"] != epoch or event["seq"] > seq:
+        elif event["seq"] > seq:
             self._crowd.wrong.append(f"at {self.position} came {event}")
         else:
             self._crowd.counts["received again"] += 1

@@ -5,7 +5,8 @@
 
 It runs with warnings as errors, in an environment that has nothing but what is given here, and with its data
 in a directory of its own. What its log says at WARNING or above, and any line that is no JSON object (a
-traceback), must have been announced by `expect`, or `check_log` fails.
+traceback), must have been announced by `expect`, or `check_log` fails. At its end nothing that is secret may
+stand in what it has written, at DEBUG unless a test wants another level (planted.py).
 """
 
 import http.client
@@ -25,6 +26,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
+from planted import PLANTED
+
 ROOT = Path(__file__).parents[1]
 _OWN = ("BCAST_", "LISTEN_", "PORT", "BIND", "REDIS_URL", "CORS_ORIGIN", "WORKERS", "NOTIFY_SOCKET")
 _prefixes = count()
@@ -42,7 +45,8 @@ def until(condition: Callable[[], Any], seconds: float = 10) -> Any:
 class Daemon:
     """One daemon on a free port of 127.0.0.1. `variables` are environment variables.
 
-    `program` are the arguments of Python in front of `serve`.
+    In a `with` it has started, and without `ready=False` it serves. `program` are the arguments of Python in
+    front of `serve`.
     """
 
     def __init__(
@@ -52,9 +56,11 @@ class Daemon:
         workers: int = 1,
         redis: str = "memory:",
         program: Sequence[str] = ("-m", "tornado_bcast.cli"),
+        ready: bool = True,
         **variables: str,
     ) -> None:
         self._program = program
+        self._ready = ready
         self.place = Path(tempfile.mkdtemp(prefix="bcastd"))
         self._ini = self.place / "bcast.ini"
         self._ini.write_text(ini)
@@ -66,6 +72,7 @@ class Daemon:
             # So that many daemons may share a Redis and know nothing of each other.
             "BCAST_REDIS_PREFIX": f"d{os.getpid()}-{next(_prefixes)}",
             "BCAST_LOG_FORMAT": "json",
+            "BCAST_LOG_LEVEL": "debug",
             **variables,
         }
         if redis == "embedded:":
@@ -265,13 +272,24 @@ class Daemon:
             self._process.wait()
             self._process = None
 
+    def written(self) -> str:
+        """All that it, its workers and its own server have written for people."""
+        paths = [self._log, *self.place.glob("redis/*.log*")]
+        return "".join(path.read_text(errors="replace") for path in paths)
+
     def __enter__(self) -> Self:
-        return self.start()
+        try:
+            return self.start(ready=self._ready)
+        except BaseException:
+            shutil.rmtree(self.place, ignore_errors=True)
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
             self.stop()
             if kind is None:
                 self.check_log()
+                leaked = PLANTED.found_in(self.written())
+                assert not leaked, leaked
         finally:
             shutil.rmtree(self.place, ignore_errors=True)

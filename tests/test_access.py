@@ -712,50 +712,6 @@ async def test_any_other_change_or_none_replaces_the_workers(redis_server: Redis
         assert len(daemon.events("replacing")) == 3
 
 
-# Secrets
-
-
-@asynchronous
-async def test_no_secret_reaches_the_log(redis_server: RedisServer) -> None:
-    """At DEBUG, whatever goes wrong with them."""
-    secret = "hunter2-is-the-secret-of-this-daemon-and-long"
-    planted = {secret, "hunter2-payload", "hunter2-key", "hunter2-session-0123456789"}
-    ini = f"[auth]\njwt_secret = {secret}\napi_keys = {sha256(b'hunter2-key').hexdigest()}\n"
-    ini += "[channel open]\npublish = anyone\nsubscribe = anyone\npersistent = yes\n"
-    with Daemon(ini, redis=redis_server.url, BCAST_LOG_LEVEL="debug") as daemon:
-        good, bad = token(secret=secret), token(secret=NEW_SECRET)
-        planted |= {good, bad, *good.split(".")[1:], *bad.split(".")[1:]}
-        for given in (good, bad):
-            for way in WAYS.values():
-                if given == bad:
-                    await close_of(daemon, **way(given))
-                    continue
-                async with Client(daemon.ws_url, **way(given)) as client:
-                    await client.ask("auth", token=bad)
-                    await client.ask("auth", token=good)
-                    await client.ask("subscribe", channel="open", ack=True)
-                    await client.ask("broadcast", channel="open", data="hunter2-payload")
-                    await client.ask("broadcast", channel="no", data="hunter2-payload")
-                    await client.error('{"type": "auth", "token": 1, "hunter2-payload": 1}')
-                    planted.add(client.hello["session"])
-        async with Client(daemon.ws_url, "/?session=hunter2-session-0123456789"):
-            pass
-        for key in ("hunter2-key", "hunter2-key-wrong"):
-            for headers in ({"X-API-Key": key}, {"Authorization": f"Bearer {key}"}):
-                await http(
-                    daemon.url, "POST", "/broadcast", {"channel": "open", "data": "hunter2-payload"}, headers
-                )
-                await http(daemon.url, "GET", f"/stats?key=hunter2-key&token={good}", headers=headers)
-                await http(daemon.url, "GET", f"/nothing?token={bad}", headers=headers)
-        daemon.expect("configuration")
-        write(daemon, ini.replace("jwt_secret =", "jwt_secret = hunter2-short\n "), 1)
-        daemon.stop()
-        text = daemon_log(daemon)
-        assert "hunter2" not in text
-        assert not [one for one in planted if one in text]
-        assert "refused" in text
-
-
 # The command line
 
 

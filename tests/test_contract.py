@@ -18,7 +18,7 @@ import pytest
 import websockets
 import yaml
 from broker_kit import asynchronous
-from client import Answer, Client, Event, http
+from client import Answer, Client, Event, eventually, http
 from daemon import Daemon
 from jsonschema import Draft7Validator, Draft202012Validator
 from redis_server import RedisServer
@@ -337,10 +337,19 @@ def test_the_cases_cover_what_is_described() -> None:
     assert {one for one in seen - described if one[1] != "put"} == set()
 
 
+async def ask(daemon: Daemon, case: Case) -> Answer:
+    path = case.path or case.template.replace("{channel}", "orders")
+    return await http(daemon.url, case.method, path, case.body, case.headers)
+
+
 async def try_cases(daemon: Daemon, cases: list[Case]) -> None:
     for case in cases:
-        path = case.path or case.template.replace("{channel}", "orders")
-        answer = await http(daemon.url, case.method, path, case.body, case.headers)
+        answer = await ask(daemon, case)
+        if case.template.startswith("/health") and answer.status != case.status:
+            # On a busy machine the canary may be late, and for that moment this is the right answer.
+            answer = await eventually(
+                lambda case=case: ask(daemon, case), lambda one, case=case: one.status == case.status
+            )
         assert answer.status == case.status, (case, answer)
         method = case.method
         if method == "PUT":
@@ -395,13 +404,9 @@ async def test_too_many_of_one_address() -> None:
 
 @asynchronous
 async def test_without_redis(tmp_path: Path) -> None:
-    daemon = Daemon(
-        "[redis]\npublish_timeout = 300ms\n[channel orders]\npersistent = yes",
-        redis=f"unix://{tmp_path}/nobody.sock",
-    )
-    daemon.expect("redis_away", "redis_down", "sessions_unsaved")
-    daemon.start(ready=False)
-    try:
+    ini = "[redis]\npublish_timeout = 300ms\n[channel orders]\npersistent = yes"
+    with Daemon(ini, redis=f"unix://{tmp_path}/nobody.sock", ready=False) as daemon:
+        daemon.expect("redis_away", "redis_down", "sessions_unsaved")
         await try_cases(daemon, DEAF_CASES)
         async with Client(daemon.ws_url) as client:
             for error in (
@@ -411,9 +416,6 @@ async def test_without_redis(tmp_path: Path) -> None:
                 assert error["code"] == "unavailable" and error["retryAfter"] > 0
             for frame in client.frames:
                 check_frame(frame)
-    finally:
-        daemon.stop()
-        daemon.check_log()
 
 
 @asynchronous

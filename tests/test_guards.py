@@ -223,7 +223,14 @@ def document(name: str) -> Any:
 
 def pages() -> list[Path]:
     """Every page that people read."""
-    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "tests/vectors").glob("*.md")])
+    return sorted(
+        [
+            *ROOT.glob("*.md"),
+            *(ROOT / "docs").glob("*.md"),
+            *(ROOT / "tests/vectors").glob("*.md"),
+            ROOT / "sdk/react/README.md",
+        ]
+    )
 
 
 PROTOCOL = (ROOT / "docs/PROTOCOL.md").read_text()
@@ -328,6 +335,13 @@ class TestPages:
     def test_lines_are_not_endless(self, path: Path) -> None:
         for line in path.read_text().splitlines():
             assert len(line) <= 120 or line.startswith(("|", "    ", "[")), line
+
+    def test_tests_that_are_named_exist(self) -> None:
+        """SECURITY.md says of each defence which test shows it."""
+        named = re.findall(r"`(tests/test_\w+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text())
+        assert len(named) > 30
+        for file, name in named:
+            assert re.search(rf"^\s*(async )?def {name}\(", (ROOT / file).read_text(), re.MULTILINE), name
 
     def test_dependencies_have_their_why(self) -> None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

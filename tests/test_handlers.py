@@ -9,12 +9,15 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from socket import socket as RawSocket
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from broker_kit import until
+from client import handshake
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
+from tornado.iostream import IOStream
 from tornado.web import Application
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
@@ -23,6 +26,7 @@ from tornado_bcast.board import Board, State
 from tornado_bcast.brokers import BrokerHealth, Publication, Receipt
 from tornado_bcast.config import default_config
 from tornado_bcast.handlers import make_routes
+from tornado_bcast.handlers.websocket import SocketHandler
 from tornado_bcast.stream import ClientStream
 
 Event = dict[str, Any]
@@ -406,3 +410,50 @@ async def test_what_is_counted_is_given_back(
         await until(lambda: inside.metrics.connections == 0)
         assert inside.metrics.subscriptions == inside.board.own_sockets == inside.hub.count("a") == 0
     assert not inside._connections
+
+
+@pytest.mark.gen_test
+async def test_who_has_left_during_the_handshake_is_no_error(
+    http_server: object, base_url: str, inside: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a connection may be read together with the last bytes of its request (the fuzz found it)."""
+
+    def accept(handler: SocketHandler, value: str) -> IOStream:
+        stream = take(handler, value)
+        stream.close()
+        return stream
+
+    take = SocketHandler.accept
+    monkeypatch.setattr(SocketHandler, "accept", accept)
+    parts = urlsplit(base_url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    writer.write(handshake(parts.netloc))
+    assert await reader.read() == b""
+    writer.close()
+    await writer.wait_closed()
+    assert inside.metrics.connections == 0
+
+
+@pytest.mark.parametrize("seconds", [0.05, 60.0])
+@pytest.mark.gen_test
+async def test_who_resumes_while_the_worker_leaves_is_told_so(
+    http_server: object, base_url: str, inside: Inside, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Whether Redis answers in time or not."""
+
+    async def resume(*_: object) -> None:
+        asked.set()
+        await asyncio.sleep(seconds)
+
+    asked = asyncio.Event()
+    monkeypatch.setattr(inside.keeper, "resume", resume)
+    monkeypatch.setattr(inside.keeper, "flush", lambda: asyncio.sleep(0.09))
+    socket = Socket(await websocket_connect(base_url.replace("http", "ws") + "/ws?session=unknown"))
+    await asked.wait()
+    closing = asyncio.ensure_future(inside.close(1.0))
+    if seconds < 1:
+        assert (await socket.read())["op"] == "connect"
+    code, reason = await socket.closed()
+    assert code == 1012 and json.loads(reason or "")["retryAfter"] <= 1000
+    socket.connection.close()
+    await closing

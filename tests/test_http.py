@@ -500,6 +500,10 @@ async def test_paths_and_methods_that_are_none(daemon: Daemon) -> None:
         # RFC 9110, section 15.5.6: a 405 says what is allowed.
         listed = {name.strip() for name in answer.headers["allow"].split(",")}
         assert listed - {"HEAD"} == allowed - {"HEAD"}, (method, path)
+    # A method that Tornado does not know is answered before the request is read: nothing may follow it.
+    answer = await http(daemon.url, "BREW", "/broadcast", None, {"Connection": "keep-alive"})
+    assert error(answer)[0] == 405
+    assert answer.headers["connection"] == "close"
 
 
 @asynchronous

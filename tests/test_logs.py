@@ -303,6 +303,20 @@ def test_tornado_prints_nothing_of_a_request_but_its_path(name: str, level: str)
         assert "RuntimeError: boom" in text
 
 
+def test_failed_tls_handshakes_are_told_once_a_minute() -> None:
+    stream = configured()
+    general = logging.getLogger("tornado.general")
+    for second in (0, 1, 59, 60, 100):
+        text = "SSL Error on %s %s: %s"
+        record = general.makeRecord(general.name, logging.WARNING, "", 0, text, (7, ("::1", 1), "http"), None)
+        record.created = 1e9 + second
+        general.handle(record)
+    general.warning("something else")
+    times = [str(line["time"])[17:19] for line in lines(stream)[:-1]]
+    assert times == ["40", "40"]
+    assert lines(stream)[-1]["message"] == "something else"
+
+
 def test_callbacks_and_tasks_are_named_without_their_arguments() -> None:
     stream = configured("debug")
 

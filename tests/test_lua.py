@@ -10,7 +10,7 @@ import pytest
 import redis
 from redis_server import RedisServer, binaries
 
-from tornado_bcast.brokers.redis_commands import PUBLISH, READ, STATE_TTL
+from tornado_bcast.brokers.redis_commands import EMPTY_TTL, PUBLISH, READ, STATE_TTL
 
 MASTER = "a" * 40
 numbers = count()
@@ -50,7 +50,8 @@ class Channel:
     def read(self, after: int = 0, limit: int = 1000, size: int = 1 << 20, epoch: str = "eread") -> list[Any]:
         """The script's answer: epoch, seq, ends, first, messages and, where it asked, the master_replid."""
         keys = (self.key("h"), self.key("s"))
-        return self.client.eval(READ.text, 2, *keys, epoch, self.replid, after, limit, size, STATE_TTL)
+        wanted, times = (after, limit, size), (STATE_TTL, EMPTY_TTL)
+        return self.client.eval(READ.text, 2, *keys, epoch, self.replid, *wanted, *times)
 
     def hash(self) -> dict[str, str]:
         return {key.decode(): value.decode() for key, value in self.client.hgetall(self.key("h")).items()}
@@ -369,9 +370,17 @@ class TestRead:
         assert (epoch, seq, ends, first, messages) == (b"e1", b"0", b"", b"1", [])
         assert master.decode() == channel.replid
         assert channel.hash() == {"epoch": "e1", "seq": "0", "replid": channel.replid, "ends": ""}
-        assert STATE_TTL - 60_000 < client.pttl(channel.key("h")) <= STATE_TTL
+        # Briefly: whoever subscribes to many names fills Redis for no longer than this.
+        assert EMPTY_TTL - 60_000 < client.pttl(channel.key("h")) <= EMPTY_TTL
         assert channel.read(epoch="e2")[:2] == [b"e1", b"0"]
         assert channel.publish("a", epoch="e2") == [0, b"1", b"e1"]
+        assert STATE_TTL - 60_000 < client.pttl(channel.key("h")) <= STATE_TTL
+
+    def test_a_head_check_keeps_an_empty_channel(self, client: redis.Redis, channel: Channel) -> None:
+        channel.read(epoch="e1")
+        client.pexpire(channel.key("h"), EMPTY_TTL // 2)
+        assert channel.read(limit=0, epoch="e2")[:2] == [b"e1", b"0"]
+        assert EMPTY_TTL - 60_000 < client.pttl(channel.key("h")) <= EMPTY_TTL
 
     def test_a_new_channel_has_the_real_master(self, channel: Channel) -> None:
         real, channel.replid = channel.replid, MASTER

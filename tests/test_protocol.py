@@ -30,6 +30,7 @@ from tornado_bcast.protocol import (
     encode_ping,
     encode_redelivery,
 )
+from tornado_bcast.rules import check_channel
 
 numbers = st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 scalars = st.none() | st.booleans() | numbers | st.text()
@@ -242,6 +243,19 @@ def test_bad_items(item: object, code: ErrorCode) -> None:
     with pytest.raises(Refusal) as caught:
         decode_item(item, _ONE)
     assert caught.value.code == code
+
+
+@given(st.dictionaries(st.sampled_from(["channel", "data", "messageId", "chanel"]), values) | values)
+def test_any_item_is_a_broadcast_or_refused(item: Any) -> None:
+    try:
+        broadcast = decode_item(item, _ONE)
+    except Refusal as refusal:
+        # What it names has been found good, so that the answer can hold it.
+        assert refusal.channel is None or check_channel(refusal.channel)
+        assert refusal.message_id is None or refusal.message_id == item["messageId"]
+    else:
+        assert broadcast == Broadcast(item.get("channel"), item["data"], item.get("messageId"))
+        assert set(item) <= _ONE
 
 
 # Events

@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -543,6 +543,21 @@ slow_consumer = latest
 """
         with Daemon(ini) as daemon:
             yield daemon, ssl.create_default_context(cafile=certificate)
+
+
+@asynchronous
+async def test_plain_text_on_a_tls_port_is_told_once(tls: tuple[Daemon, ssl.SSLContext]) -> None:
+    daemon, trust = tls
+    seen = len(daemon.log())
+    for _ in range(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", daemon.port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        with suppress(ConnectionError):
+            assert b"HTTP" not in await reader.read()
+        writer.close()
+    daemon.expect("general")
+    assert (await http(daemon.url, "GET", "/health/live", tls=trust)).status == 200
+    assert len([line for line in daemon.log()[seen:] if line["level"] == "WARNING"]) <= 1
 
 
 async def cut_after(url: str, *pieces: bytes, pause: float = 0.1) -> float:

@@ -38,6 +38,8 @@ _SECRET = re.compile(r"\b(bearer|session)([. ]+)[\w.~+/=-]{16,}", re.IGNORECASE)
 _ARGUMENTS = re.compile(r"\(.*\)", re.DOTALL)
 _FIELDS = ("time", "level", "event", "message", "worker")
 _NOT_EXTRA = frozenset(RESERVED_ATTRS) | frozenset(_FIELDS) | {"taskName", "clientId"}
+# Seconds from one line about a failed TLS handshake to the next.
+_HANDSHAKE_SECONDS = 60.0
 # Exceptions whose text quotes the value that was wrong, so it may be a payload: only their type is printed.
 _QUOTING = (ValueError, LookupError)
 
@@ -140,10 +142,18 @@ class _Handler(logging.StreamHandler[TextIO]):
     def __init__(self, stream: TextIO, worker: int | None) -> None:
         super().__init__(stream)
         self._worker = worker
+        # Until when (Unix seconds) nothing more is said of clients whose TLS handshake fails.
+        self._handshakes_told = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
         if _is_ours(record.name):
             return bool(super().filter(record))
+        if record.name == "tornado.general" and str(record.msg).startswith("SSL Error on"):
+            # Anybody can bring these about: whoever speaks plain HTTP to a TLS port.
+            due = record.created >= self._handshakes_told
+            if due:
+                self._handshakes_told = record.created + _HANDSHAKE_SECONDS
+            return due
         return record.levelno >= logging.WARNING and record.name not in ("tornado.access", "push_response")
 
     def emit(self, record: logging.LogRecord) -> None:

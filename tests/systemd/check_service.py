@@ -231,7 +231,8 @@ async def test_start_as_shipped(machine: Machine) -> None:
     began = time.monotonic()
     machine.run("systemctl", "enable", "--now", "tornado-bcast")
     say(f"started in {time.monotonic() - began:.1f} s")
-    assert await says("/health/ready", 200)
+    assert await says("/health/live", 200)
+    await eventually(lambda: says("/health/ready", 200), bool)
     assert machine.run("systemctl", "is-active", UNIT, "tornado-bcast.socket") == "active\nactive"
     assert machine.run("systemctl", "is-enabled", UNIT, "tornado-bcast.socket") == "enabled\nenabled"
     key = machine.run("cat", f"{ETC}/first-key")
@@ -406,7 +407,7 @@ async def test_another_address(service: Machine) -> None:
     drop_in(service, "tornado-bcast.socket", recipe("[Socket]"))
     service.run("sh", "-ec", recipe("systemctl restart tornado-bcast.socket"))
     # Of the whole 127.0.0.0/8 only 127.0.0.1 was listened on before.
-    answer = await http("http://127.0.0.2:8080", "GET", "/health/ready")
+    answer = await http("http://127.0.0.2:8080", "GET", "/health/live")
     assert answer.status == 200
 
 
@@ -466,7 +467,7 @@ async def test_tls_by_credentials(service: Machine, tmp_path: Path) -> None:
     service.run("systemctl", "reload", UNIT)
     context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
     context.check_hostname = False
-    answer = await http(URL.replace("http", "https"), "GET", "/health/ready", tls=context)
+    answer = await http(URL.replace("http", "https"), "GET", "/health/live", tls=context)
     assert answer.status == 200
 
 

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 ROW_INTERVAL = 1.0  # seconds
 # Seconds for which a channel's epoch and counter are kept after the last publish or read, as on Redis.
 STATE_TTL = 30 * 86400.0
+# The same as long as nothing has been published.
+EMPTY_TTL = 3600.0
 
 
 @dataclass(slots=True)
@@ -215,8 +217,8 @@ class MemoryBroker:
     def _line(self, channel: str, now: float) -> _Line:
         line = self._lines.get(channel)
         if line is None:
-            line = self._lines[channel] = _Line(f"{self._name}{next(self._epochs):x}", now + STATE_TTL)
-        line.forget_at = max(line.forget_at, now + STATE_TTL)
+            line = self._lines[channel] = _Line(f"{self._name}{next(self._epochs):x}", now)
+        line.forget_at = max(line.forget_at, now + (STATE_TTL if line.seq else EMPTY_TTL))
         return line
 
     def _tell_owner(self, owner: str, notice: bytes) -> None:

@@ -3,17 +3,18 @@
 -- KEYS: 1 hash, 2 stream
 -- ARGV: 1 the name of an epoch, should one begin now, 2 master_replid as the caller knows it ('' unknown),
 --       3 seq after which to read (negative: so many of the last ones), 4 how many messages at most,
---       5 how many bytes at most (one message always fits), 6 hash ttl (ms)
+--       5 how many bytes at most (one message always fits), 6 hash ttl (ms), 7 the same before the first
+--       message (ms)
 -- Answer: { epoch, seq of the head, ends of earlier epochs as 'e1:120,e2:300', first seq in the stream,
 --       { bus messages }, master_replid where it was asked for }
 --
--- Where there is no hash, the channel begins here and now: who subscribes needs a position to go on from.
+-- Where there is no hash, the channel begins here and now: who subscribes needs a position to go on from. As long
+-- as nothing has been published it is kept for a shorter time, or subscribing to many names would fill Redis.
 
 local PIECE = 32
 
 local hash, stream = KEYS[1], KEYS[2]
 local replid, after, limit, bytes = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local hash_ttl = tonumber(ARGV[6])
 local asked = nil
 
 local state = redis.call('HMGET', hash, 'epoch', 'seq', 'ends')
@@ -27,8 +28,9 @@ if not (epoch and seq) then
   epoch, seq, ends = ARGV[1], 0, ''
   redis.call('HSET', hash, 'epoch', epoch, 'seq', '0', 'replid', replid, 'ends', ends)
 end
--- To the day is enough: a head check every 30 s should not write every 30 s.
-if redis.call('PTTL', hash) < hash_ttl - 86400000 then redis.call('PEXPIRE', hash, hash_ttl) end
+-- Roughly is enough: a head check every 30 s should not write every 30 s.
+local hash_ttl = tonumber(ARGV[seq > 0 and 6 or 7])
+if redis.call('PTTL', hash) < hash_ttl * 0.9 then redis.call('PEXPIRE', hash, hash_ttl) end
 
 local function number(id)
   return string.match(id, '^%d+')

@@ -17,6 +17,8 @@ from tornado_bcast.brokers.redis_pipeline import Command
 # Milliseconds for which the state of a persistent channel outlives its last publish or head check: far
 # longer than stream, sessions and dedup keys.
 STATE_TTL = 30 * 86_400_000
+# The same of a channel to which nothing has been published: somebody has subscribed, to whatever name.
+EMPTY_TTL = 3_600_000
 # One answer to `read`; a piece, and who reads asks for the next.
 READ_BYTES = 1 << 20
 # Names in one SUBSCRIBE; heads in one round.
@@ -186,7 +188,8 @@ class Read(Command[History]):
         wanted = (self._after, self._limit, READ_BYTES)
         epoch = self._tokens.next()
         keys = (self._hash, self._stream)
-        return pack((b"EVALSHA", READ.digest, 2, *keys, epoch, server.replid, *wanted, STATE_TTL))
+        times = (STATE_TTL, EMPTY_TTL)
+        return pack((b"EVALSHA", READ.digest, 2, *keys, epoch, server.replid, *wanted, *times))
 
     def decode(self, answer: Any, server: Server) -> History:
         epoch, seq, ends, first, messages, *asked = answer

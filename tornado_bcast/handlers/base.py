@@ -257,6 +257,9 @@ class BaseHandler(RequestHandler):
         """Tornado's way to say that something went wrong, in our form and without anything of the inside."""
         if status_code == 405:
             self.set_header("Allow", ", ".join(self._methods()))
+            if self.request.method not in self.SUPPORTED_METHODS:
+                # Tornado answers before it has read the request, and hangs up.
+                self.set_header("Connection", "close")
         code = _CODES.get(status_code, "bad_message" if status_code < 500 else "internal")
         message = {
             400: "The request cannot be understood.",

@@ -118,7 +118,7 @@ class BroadcastHandler(BaseHandler):
                 try:
                     items.append(decode_item({"channel": channel, "data": item.data}, _ONE))
                 except Refusal as refusal:
-                    refusal.channel = channel if isinstance(channel, str) else None
+                    refusal.channel = _named(channel)
                     items.append(refusal)
             return [
                 replace(one, message_id=item.message_id) if isinstance(one, Broadcast) else one
@@ -144,7 +144,7 @@ class BroadcastHandler(BaseHandler):
                 items.append(item)
             except Refusal as refusal:
                 channel = message.get("channel") if isinstance(message, dict) else None
-                refusal.channel = channel if isinstance(channel, str) else None
+                refusal.channel = _named(channel)
                 items.append(refusal)
         return items
 
@@ -197,6 +197,18 @@ class BroadcastHandler(BaseHandler):
             "duplicate": receipt.duplicate or None,
         }
         return {name: value for name, value in result.items() if value is not None}
+
+
+def _named(channel: object) -> str | None:
+    """A name that was refused, as it was given, where an answer can hold it."""
+    if not isinstance(channel, str):
+        return None
+    try:
+        channel.encode()
+    except UnicodeEncodeError:
+        # Half of a surrogate pair, which JSON can write and UTF-8 cannot.
+        return None
+    return channel
 
 
 def _content_length(text: str) -> int:

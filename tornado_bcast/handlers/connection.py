@@ -86,6 +86,10 @@ class Connection(Outgoing):
             # Never `resumed: false` then: the session may well be there.
             self.end_for_now(CloseCode.TRY_AGAIN_LATER, 2 * error.retry_after)
             self._wire.start()
+        except asyncio.CancelledError:  # The worker has said goodbye to all others, and ends.
+            self.end_for_now(CloseCode.RESTART, 1000)
+            self._wire.start()
+            raise
         else:
             self._begin(restored, refused, resumed=session is not None)
 

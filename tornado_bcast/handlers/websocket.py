@@ -124,8 +124,10 @@ class SocketHandler(BaseHandler, WebSocketHandler):
         """The handshake is done: from here on the stream belongs to a Connection."""
         stream = self.ws_connection and self.ws_connection.stream
         assert isinstance(stream, ClientStream)  # worker.py makes them.
-        connection = Connection(self.context, stream, compressed=self._compressed)
-        connection.start(self._head, self._offered_session(), self._offered_token())
+        # Where it is closed, the peer did not wait for the answer.
+        if not stream.closed():
+            connection = Connection(self.context, stream, compressed=self._compressed)
+            connection.start(self._head, self._offered_session(), self._offered_token())
         # What Tornado leaves to the end of the connection: this handler's end is here.
         self.ws_connection = None
         self._on_close_called = True
