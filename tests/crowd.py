@@ -244,7 +244,7 @@ class Crowd:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(self._limits[0], needed), self._limits[1]))
         for number, member in enumerate(self.members):
             self.later(number / 800, member)
-        await self.all_here(30 + len(self.members) / 800)
+        await self.all_here(60)
         self._watching = asyncio.create_task(self._watch_ourselves())
         return self
 
