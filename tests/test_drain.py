@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import time
+from functools import partial
 
 import pytest
 from broker_kit import asynchronous
@@ -20,7 +21,7 @@ async def in_a_thread(function, *arguments):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize(("workers", "seconds"), [(2, 8), (1, 6)])
-@asynchronous
+@partial(asynchronous, seconds=110)
 async def test_a_reload_loses_nothing_and_nobody_waits(
     redis_server: RedisServer, workers: int, seconds: int
 ) -> None:
@@ -45,7 +46,7 @@ async def test_a_reload_loses_nothing_and_nobody_waits(
         assert max(crowd.waits) < 1 and max(crowd.answers) < 1
 
 
-@asynchronous
+@partial(asynchronous, seconds=110)
 async def test_a_stop_is_quick_and_the_return_is_spread(redis_server: RedisServer) -> None:
     """`drain_delay` first, in which all goes on; then a few seconds for everything, and a restart."""
     delay, seconds = 2, 6
