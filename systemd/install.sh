@@ -21,6 +21,10 @@ fail() {
     exit 1
 }
 
+pip_install() {
+    "$dest$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+}
+
 install_program() {
     # From a copy, so that nothing is built inside the clone and nothing old in it gets in.
     copy=$(mktemp -d)
@@ -30,7 +34,8 @@ install_program() {
     done
     mkdir -p "$dest$venv" "$dest$prefix/bin"
     "$python" -m venv "$dest$venv"
-    "$dest$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$copy"
+    pip_install --require-hashes -r "$source/requirements.lock"
+    pip_install --no-deps "$copy"
     if [ -n "$dest" ]; then
         # Scripts name their interpreter by its full path.
         grep -rlI --exclude-dir=lib "$dest" "$dest$venv" | xargs sed -i "s|$dest||g"

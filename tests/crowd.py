@@ -45,6 +45,8 @@ class Member(asyncio.Protocol):
         self._open = False
         # Where and when it may come back.
         self._wait: float | None = None
+        # Since when it is away, having been told to leave.
+        self._left: float | None = None
         self._failures = 0
 
     async def connect(self) -> None:
@@ -111,6 +113,9 @@ class Member(asyncio.Protocol):
         match event:
             case {"type": "ack", "op": "connect"}:
                 self._failures = 0
+                if self._left is not None:
+                    crowd.away.append(time.monotonic() - self._left)
+                    self._left = None
                 if self.session is not None and not event["resumed"]:
                     crowd.wrong.append("a session was not resumed")
                 self.session = event["session"]
@@ -159,7 +164,8 @@ class Member(asyncio.Protocol):
             self._crowd.wrong.append(f"closed with {code} {payload[2:]!r}")
         else:
             self._wait = json.loads(payload[2:])["retryAfter"] / 1000
-            self._crowd.goodbyes.append((time.monotonic(), self._wait))
+            self._left = time.monotonic()
+            self._crowd.goodbyes.append((self._left, self._wait))
         assert self._transport is not None
         self._transport.write(client_frame(payload[:2], 8))
 
@@ -201,6 +207,8 @@ class Crowd:
         # When somebody came; when somebody was told to leave, and to come back after how long.
         self.arrivals: list[float] = []
         self.goodbyes: list[tuple[float, float]] = []
+        # For how long (seconds) each of them was away.
+        self.away: list[float] = []
         # Ids of messages that were acknowledged to their publishers.
         self.acked: set[str] = set()
         # Seconds that each new connection waited for its first frame, and each HTTP publish for its answer.

@@ -12,11 +12,11 @@ own, with nothing but loopback; the test's process enters it, so its clients com
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import tomllib
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,8 @@ def _make_tree() -> None:
 
 def _fetch_wheels() -> None:
     """The package's dependencies, and what builds it, for the Python of the tree."""
-    stamp = WHEELS / hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    lock = (ROOT / "requirements.lock").read_text()
+    stamp = WHEELS / hashlib.sha256(lock.encode()).hexdigest()
     if stamp.exists():
         return
     say("fetching wheels")
@@ -76,14 +77,10 @@ def _fetch_wheels() -> None:
     platforms = [word for name in PLATFORMS for word in ("--platform", f"{name}_{os.uname().machine}")]
     target = ["--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp", *platforms]
     pip = [sys.executable, "-m", "pip", "-q", "download", "-d", str(WHEELS)]
-    # pip judges conditions on the version by the Python that runs it; redis needs the last one before 3.11.3.
-    _do(*pip, *target, *_dependencies(), "setuptools>=64", "wheel", "async-timeout", seconds=300)
+    # Without their conditions, which pip would judge by the Python that runs it.
+    pinned = re.findall(r"^[\w.-]+==[\w.]+", lock, re.MULTILINE)
+    _do(*pip, *target, "--no-deps", *pinned, "setuptools>=64", "wheel", seconds=300)
     stamp.touch()
-
-
-def _dependencies() -> list[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return list(project["dependencies"])
 
 
 def _do(*command: str, seconds: float, **options: object) -> None:
