@@ -447,10 +447,11 @@ async def test_who_resumes_while_the_worker_leaves_is_told_so(
 
     asked = asyncio.Event()
     monkeypatch.setattr(inside.keeper, "resume", resume)
-    monkeypatch.setattr(inside.keeper, "flush", lambda: asyncio.sleep(0.09))
+    monkeypatch.setattr(inside.keeper, "flush", lambda: asyncio.sleep(0.4))
     socket = Socket(await websocket_connect(base_url.replace("http", "ws") + "/ws?session=unknown"))
     await asked.wait()
-    closing = asyncio.ensure_future(inside.close(1.0))
+    await inside.send_away(0.0, 1.0)
+    closing = asyncio.ensure_future(inside.close())
     if seconds < 1:
         assert (await socket.read())["op"] == "connect"
     code, reason = await socket.closed()
