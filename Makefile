@@ -55,7 +55,7 @@ uninstall: ## take the service away again; configuration, keys and data stay
 systemd-test: $(VENV)/test ## the installed service under a real systemd, in a Debian machine of its own; as root, 6 minutes
 	@$(BIN)/pytest -n 0 -v -s tests/systemd/check_service.py
 
-stress: $(VENV)/test ## too much of everything on the real daemon, some 10 minutes (STRESS=--quick, or a part's name)
+stress: $(VENV)/test ## too much of everything on the real daemon, some 10 minutes (STRESS='--scale 0.1', or a part)
 	$(BIN)/python tests/stress.py $(STRESS)
 
 fuzz: $(VENV)/test ## a million hostile inputs, at most 15 minutes (FUZZ="--seed 7 --inputs 10000")

@@ -229,7 +229,7 @@ class Crowd:
     def quiet(self, seconds: float = 20) -> None:
         """Read until nothing has come for a moment, and what was to be published has left."""
         silent, deadline = 0, time.monotonic() + seconds
-        while silent < 5 and time.monotonic() < deadline:
+        while silent < 10 and time.monotonic() < deadline:
             silent = 0 if self.turn(0.1) or self._waiting() else silent + 1
 
     def _waiting(self) -> list[Member]:

@@ -1,6 +1,6 @@
 """`make stress`: too much of everything, on a large scale and with times; the small form is test_flood.py.
 
-    .venv/bin/python tests/stress.py [--quick] [stopped] [overload] [flood]
+    .venv/bin/python tests/stress.py [--scale 0.1] [stopped] [overload] [flood]
 
 Each part runs the real daemon on a real Redis with one worker, prints what it measures as it goes on, and
 ends by itself within a few minutes. The exit code is 1 where a promise was not kept.
@@ -27,6 +27,10 @@ from redis_server import RedisServer, binaries
 from test_flood import MB, dropped, memory
 
 QUEUE = 1 << 20
+# What the log of a daemon may say that has far too much to do.
+LOUD = ("overloaded", "worker_hung", "redis_down", "redis_refused")
+# Seconds that everything may take to arrive.
+QUIET = 60.0
 # In which strangers come.
 WAVES = 10
 INI = """[limits]
@@ -55,7 +59,6 @@ class Scale:
 
 
 FULL = Scale(subscribers=2000, stopped=500, rate=500, seconds=12, rounds=3, peers=3000)
-QUICK = Scale(subscribers=200, stopped=50, rate=500, seconds=12, rounds=1, peers=300)
 
 
 class Report:
@@ -98,7 +101,7 @@ def paced(
         crowd.publish(publisher, channel, rate=scale.rate, seconds=1, size=size)
         if late := [one for member in watched for one in member.late]:
             found.append(1000 * percentile(late, 0.99))
-    crowd.quiet()
+    crowd.quiet(QUIET)
     return statistics.median(found)
 
 
@@ -108,7 +111,7 @@ def paced(
 def stopped(scale: Scale, report: Report, redis: RedisServer) -> None:
     for policy in ("disconnect", "drop_oldest", "latest", "persistent"):
         with Daemon(INI.format(room=0), redis=redis.url) as daemon, Crowd(daemon.port) as crowd:
-            daemon.expect("overloaded", "worker_hung")
+            daemon.expect(*LOUD)
             good = crowd.join(scale.subscribers - scale.stopped, policy)
             publisher = watch(crowd.join(1))
             watched = watch(good[:: max(1, len(good) // 20)])
@@ -123,7 +126,7 @@ def stopped(scale: Scale, report: Report, redis: RedisServer) -> None:
             grown = memory(daemon) - at_first
             sent, received = publisher[0].sent - sent, watched[0].messages - received
             crowd.read_again(slow)
-            crowd.quiet(60)
+            crowd.quiet(QUIET)
             missed = sum(sent - member.messages for member in slow)
             counts = dropped(daemon)
             report.say(
@@ -151,7 +154,7 @@ def stopped(scale: Scale, report: Report, redis: RedisServer) -> None:
 def overload(scale: Scale, report: Report, redis: RedisServer) -> None:
     for number in (20, 500):
         with Daemon(INI.format(room=0), redis=redis.url) as daemon, Crowd(daemon.port) as crowd:
-            daemon.expect("overloaded", "worker_hung", "redis_refused", "redis_down")
+            daemon.expect(*LOUD)
             _overload(scale, report, daemon, crowd, number)
 
 
@@ -187,7 +190,7 @@ def _overload(scale: Scale, report: Report, daemon: Daemon, crowd: Crowd, number
         twice = measure(
             lambda rate=2 * best[2]: crowd.publish(publishers, "news", rate=rate, seconds=scale.seconds)
         )
-        crowd.quiet(60)
+        crowd.quiet(QUIET)
         after = saturate()
         ratios.append(twice[0] / statistics.mean((best[0], after[0])))
         by_cpu.append(twice[1] / statistics.mean((best[1], after[1])))
@@ -259,16 +262,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a tenth of it, to see that it runs")
+    parser.add_argument("--scale", type=float, default=1, help="the part of all connections to open (1)")
     parser.add_argument(
         "parts", nargs="*", choices=[*PARTS, []], help="which; all of them where none is named"
     )
     arguments = parser.parse_args()
     report = Report()
+    scale = replace(
+        FULL,
+        subscribers=int(FULL.subscribers * arguments.scale),
+        stopped=int(FULL.stopped * arguments.scale),
+        rounds=max(1, round(FULL.rounds * arguments.scale)),
+        peers=int(FULL.peers * arguments.scale),
+    )
     with RedisServer(next(iter(binaries().values()))) as redis:
         for name in arguments.parts or PARTS:
             begun = time.monotonic()
-            PARTS[name](QUICK if arguments.quick else FULL, report, redis)
+            PARTS[name](scale, report, redis)
             report.say(f"{name}: {time.monotonic() - begun:.0f} s")
     return 0 if report.kept else 1
 
