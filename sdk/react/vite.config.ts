@@ -27,7 +27,9 @@ export default defineConfig({
       { find: /^tornado-bcast-react(?=\/|$)/, replacement: `${import.meta.dirname}/src` },
       ...(process.env.BUILT ? [built] : []),
     ],
-    include: ['test/**/*.test.{ts,tsx}'],
+    include: process.env.BUILT
+      ? ['test/{connection,publish,subscribe,token,vectors}.test.ts']
+      : ['test/**/*.test.{ts,tsx}'],
     restoreMocks: true,
     testTimeout: 10_000,
   },

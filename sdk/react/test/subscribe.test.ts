@@ -740,6 +740,39 @@ describe('where a listener begins', () => {
     expect(server.connection.receivedOf('ack').at(-1)).toMatchObject({ seq: 12 });
   });
 
+  test('what was handled before a late one begins further back is not acked for it', async () => {
+    const { client, server } = await connected();
+    const onMessage = () => new Promise((resolve) => setTimeout(resolve, 1_000));
+    const acked = () => server.connection.session.subscriptions.get('p.news')?.acked?.seq;
+    listen(client, 'p.news', { onMessage });
+    await pass();
+    for (const data of range(1, 3)) server.publish('p.news', data);
+    await pass();
+    const late = listen(client, 'p.news', { last: 3, onMessage });
+    await pass(3_500);
+    expect(late.heard).toEqual([1]);
+    expect(acked()).toBe(0);
+    await pass(3_000);
+    expect(late.heard).toEqual([1, 2, 3]);
+    expect(acked()).toBe(3);
+  });
+
+  test('a late one that begins ahead of the others takes nothing from them', async () => {
+    const { client, server } = await connected();
+    const first = listen(client, 'p.news');
+    await pass();
+    server.publish('p.news', 1);
+    await pass();
+    // What is still on its way when the late one comes.
+    server.onSend = ({ type }) => type !== 'message';
+    for (const data of range(2, 5)) server.publish('p.news', data);
+    server.onSend = undefined;
+    const late = listen(client, 'p.news', { last: 1 });
+    await pass();
+    expect(late.heard).toEqual([5]);
+    expect(first.heard).toEqual(range(1, 5));
+  });
+
   test('a late one does not lose its history when acks of the others are under way', async () => {
     const { client, server } = setUp({}, { latency: 20 });
     for (const data of range(1, 10)) server.publish('p.news', data);

@@ -84,8 +84,8 @@ export const createTopic = (channel: string, { link, acks, heard, failed, releas
     }
   };
 
-  const deliver = (message: Message, position?: Position) => {
-    const mine = run;
+  /** `mine` is the run in which it came. */
+  const deliver = (message: Message, position?: Position, mine?: number) => {
     const fresh = [...listeners].filter((one) => isFresh(one, position));
     if (fresh[0]) heard(message);
     const waits = fresh.map((one) => call(one, 'onMessage', message)).filter(Boolean);
@@ -228,7 +228,8 @@ export const createTopic = (channel: string, { link, acks, heard, failed, releas
           epochs.add(position.epoch);
         } else if (position.seq > place.seq || !epochs.has(position.epoch)) return renew();
         // What came before is acked again; but what still waits will be.
-        if (isNext || !isBusy) enqueue(() => deliver(message, position));
+        const mine = run;
+        if (isNext || !isBusy) enqueue(() => deliver(message, position, mine));
       }
     },
 

@@ -52,18 +52,15 @@ export class Recent<T> extends Store<Shown<T>> {
     if (this.#isRead) this.#show();
   }
 
-  readonly #show = (): void => {
-    if (this.#fresh.length > 0) this.set(this.#next());
-  };
+  readonly #show = (): void => this.set(this.#next());
 
   #next(): Shown<T> {
-    const { lastMessage, messages } = this.get();
     const fresh = this.#fresh;
     if (fresh.length === 0) return this.get();
     this.#fresh = [];
     return {
-      lastMessage: fresh.at(-1) ?? lastMessage,
-      messages: this.#buffer > 0 ? [...messages, ...fresh].slice(-this.#buffer) : NOTHING.messages,
+      lastMessage: fresh.at(-1),
+      messages: this.#buffer > 0 ? [...this.get().messages, ...fresh].slice(-this.#buffer) : NOTHING.messages,
     };
   }
 }

@@ -18,7 +18,8 @@ export class Store<T> {
   };
 
   set(value: T): void {
-    this.replace(value);
+    if (value === this.#value) return;
+    this.#value = value;
     for (const listener of this.#listeners) listener();
   }
 

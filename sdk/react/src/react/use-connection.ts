@@ -23,11 +23,11 @@ export function useConnection(
     const token: ClientOptions = getToken
       ? { getToken: (request) => (latest.current.getToken ?? getToken)(request) }
       : {};
-    return connections.find(url, first.by) ?? new BroadcastClient(url, { ...rest, ...token });
+    return connections.find(url, first.by)?.client ?? new BroadcastClient(url, { ...rest, ...token });
   }, [url, first, latest]);
   const client = useSyncExternalStore(
     connections.subscribe,
-    () => (url === undefined ? undefined : connections.find(url, first.by)) ?? own,
+    () => (url === undefined ? undefined : connections.find(url, first.by)?.client) ?? own,
     () => own,
   );
 

@@ -64,11 +64,9 @@ export function useSubscription<T = unknown, S = T>(
 
   useEffect(() => {
     if (channel === null || !enabled) return;
-    const { since, last, ack } = latest.current;
+    const begin: Pick<SubscribeOptions, 'since' | 'last' | 'ack'> = latest.current;
     const off = client.subscribe(channel, {
-      ...(since && { since }),
-      ...(last !== undefined && { last }),
-      ...(ack !== undefined && { ack }),
+      ...begin,
       onMessage(raw) {
         const { parse, select, isEqual, onMessage, buffer, coalesce } = latest.current;
         let message: Message<T>;
