@@ -640,7 +640,8 @@ async def test_a_descriptor_is_out_of_the_row_before_it_is_closed() -> None:
 async def test_a_slot_is_given_out_again_when_nobody_holds_its_sink() -> None:
     with Pair() as pair:
         slot, holder = pair.sink.slot, (pair.sink,)
-        del pair.sink, pair.stream.sink
+        del pair.sink
+        pair.stream.sink = None
         with Pair() as other:
             assert other.sink.slot != slot
         assert holder[0].slot == slot

@@ -127,6 +127,8 @@ class CountedStream(ClientStream):
     Tornado's HTTP code takes it away with each request, and a WebSocket leaves the HTTP server altogether.
     """
 
+    __slots__ = ("_connections", "busy", "peer")
+
     def __init__(
         self, connection: socket.socket, connections: Connections, peer: str, **options: Any
     ) -> None:

@@ -278,9 +278,8 @@ async def test_restart(service: Machine, key: dict[str, str | None]) -> None:
         await do(service, "systemctl", "restart", UNIT)
         await crowd.all_here(DRAIN_SECONDS + START_SECONDS)
         assert len(crowd.goodbyes) == len(crowd.away) == 300
-    say(
-        f"away for {min(crowd.away):.1f} to {max(crowd.away):.1f} s; {os.getloadavg()[0]:.0f} want to run here"
-    )
+    load = os.getloadavg()[0]
+    say(f"away for {min(crowd.away):.1f} to {max(crowd.away):.1f} s; {load:.0f} want to run here")
     assert max(crowd.away) <= DRAIN_SECONDS + 3
     assert set(crowd.counts) <= CLEAN
     assert restarts(service) == 0
