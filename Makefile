@@ -27,7 +27,7 @@ lint: $(VENV)/test ## ruff, ruff format and mypy --strict
 	$(BIN)/mypy
 
 sdk: $(VENV)/run ## lint, types, tests and size of the React SDK, and its example in a real browser
-	@if node -e 'process.exit(parseInt(process.versions.node) < 20)' 2>/dev/null && command -v npm >/dev/null; then \
+	@if node -e 'process.exit(+(parseInt(process.versions.node) < 20))' 2>/dev/null && command -v npm >/dev/null; then \
 	    cd sdk/react && npm ci --no-audit --no-fund --loglevel=error && npm run check && npm run e2e; \
 	else \
 	    echo '*** no Node.js 20 with npm on PATH: the React SDK was NOT tested ***' >&2; \
