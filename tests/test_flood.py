@@ -29,11 +29,17 @@ def memory(daemon: Daemon) -> int:
     return pages * resource.getpagesize()
 
 
+def get(daemon: Daemon, path: str) -> tuple[int, str]:
+    """Status and body, however long a worker takes that has too much to do."""
+    with closing(socket.create_connection(("127.0.0.1", daemon.port), 30)) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+    return int(answer.split()[1]), answer.partition("\r\n\r\n")[2]
+
+
 def dropped(daemon: Daemon) -> dict[str, int]:
     """`bcast_dropped_total`, by reason."""
-    with closing(socket.create_connection(("127.0.0.1", daemon.port), 10)) as connection:
-        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        text = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+    text = get(daemon, "/metrics")[1]
     lines = [line for line in text.splitlines() if line.startswith("bcast_dropped_total{")]
     return {line.partition('reason="')[2].partition('"')[0]: int(float(line.split()[-1])) for line in lines}
 
@@ -66,9 +72,10 @@ def test_more_than_a_worker_can_carry() -> None:
         while refused() < len(publishers):
             assert time.monotonic() < begun + 40, "never overloaded"
             crowd.publish(publishers, "news", rate=rate, seconds=0.25)
-        status, health = daemon.get("/health")
+        status, body = get(daemon, "/health")
+        health = json.loads(body)
         assert (status, health["status"], health["overloaded"]) == (503, "degraded", True)
-        assert daemon.get("/health/ready")[0] == 200
+        assert get(daemon, "/health/ready")[0] == 200
         before = listeners[0].messages
         crowd.publish(publishers, "news", rate=rate, seconds=1)
         # What is held for publishers is bounded by what is read of one at a time.
@@ -78,7 +85,7 @@ def test_more_than_a_worker_can_carry() -> None:
 
         # It ends by itself, and everybody has heard all that was taken.
         daemon.wait_for_log("overload_over")
-        until(lambda: daemon.get("/health")[0] == 200)
+        until(lambda: get(daemon, "/health")[0] == 200)
         crowd.until(lambda: listeners[0].messages == sum(member.taken for member in publishers))
         crowd.quiet()
         assert not [member.closed for member in crowd.members if member.closed is not None]
