@@ -4,7 +4,7 @@ import { useBroadcastSocket } from 'tornado-bcast-react';
 /** Messages and animation frames in the last second. Renders once a second, however many messages come. */
 export function Meter() {
   const { client } = useBroadcastSocket();
-  const [rates, setRates] = useState({ messages: 0, frames: 0 });
+  const [rates, setRates] = useState<{ messages: number; frames: number }>();
 
   useEffect(() => {
     let messages = 0;
@@ -32,11 +32,11 @@ export function Meter() {
     <dl className="meter">
       <div>
         <dt>messages/s</dt>
-        <dd>{rates.messages}</dd>
+        <dd>{rates?.messages ?? '–'}</dd>
       </div>
       <div>
         <dt>frames/s</dt>
-        <dd>{rates.frames}</dd>
+        <dd>{rates?.frames ?? '–'}</dd>
       </div>
     </dl>
   );
