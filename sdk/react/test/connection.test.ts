@@ -295,6 +295,13 @@ describe('heartbeat', () => {
     expect(server.sockets).toHaveLength(2);
   });
 
+  test('of a server without heartbeat nothing is expected', async () => {
+    const { server, status } = await connected({}, { heartbeat: 0 });
+    await pass(600_000);
+    expect(status()).toBe('open');
+    expect(server.sockets).toHaveLength(1);
+  });
+
   test('any frame is a sign of life', async () => {
     const { server } = await connected({}, { heartbeat: 0 });
     server.heartbeat = 25_000;

@@ -110,7 +110,8 @@ export class FakeConnection {
       clientId: this.session.clientId,
       session: this.session.id,
       resumed,
-      heartbeat: server.heartbeat,
+      // Who is never pinged must not wait for it; a timer takes no more than 31 bits.
+      heartbeat: server.heartbeat || 1e9,
       subscriptions,
       limits: server.limits,
       ...(server.expiresIn && this.token && { expiresAt: Date.now() + server.expiresIn }),
