@@ -63,7 +63,7 @@ reading cores
 settings ini keys
 addresses
 systemd
-values errors logs direct capacity
+values errors logs direct capacity tasks
 __init__
 """
 

@@ -32,6 +32,7 @@ from .metrics import Metrics, Row
 from .node import Node
 from .overload import Overload
 from .rules import ChannelRules, Origins
+from .tasks import Tasks
 from .wheel import Wheel
 from .worker import Handles
 
@@ -101,7 +102,7 @@ class Inside:
         self._farewell: Farewell[Connection] | None = None
         # Of connections of which a message was refused for overload: they are heard again at the next tick.
         self._held: list[Callable[[], None]] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(logger)
         # From `start` on.
         self._lag_meter: LagMeter
         # The last row of each worker of all nodes, and when it came.
@@ -164,9 +165,7 @@ class Inside:
             await asyncio.wait_for(self.keeper.flush(), _SAVE_SECONDS)
         except TimeoutError:
             logger.warning("not all sessions were saved", extra={"event": "sessions_unsaved"})
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         self._lag_meter.close()
         await self.node.close()
 
@@ -201,14 +200,7 @@ class Inside:
                 await asyncio.sleep(0)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a task failed", exc_info=error, extra={"event": "internal_error"})
+        self._tasks.spawn(work)
 
     # Timers
 

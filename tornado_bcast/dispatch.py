@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 
 from .brokers import BusMessage, History
 from .compression import Compressor
@@ -22,6 +22,7 @@ from .metrics import Metrics
 from .protocol import encode_redelivery
 from .reader import StreamReader
 from .sink import Sink, SlowConsumer
+from .tasks import Tasks
 from .topic import Subscriber, Topic
 from .wheel import Wheel
 
@@ -51,14 +52,11 @@ class Dispatch:
         # Topics of which live subscribers have been sent something to ack since the last turn of the wheel.
         self._active: set[Topic] = set()
         self._wheel: Wheel[Subscriber] = Wheel(TICK)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(logger)
 
     async def close(self) -> None:
         """End what is under way."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.close()
 
     def forget(self, topic: Topic) -> None:
         """Nobody uses this topic any more."""
@@ -163,7 +161,7 @@ class Dispatch:
             return
         if delivery.room(topic.seq) or not topic.knows(delivery.epoch, delivery.cursor):
             subscriber.reading = True
-            self._spawn(self._read_on(subscriber, delivery))
+            self._tasks.spawn(self._read_on(subscriber, delivery))
 
     def _go_live(self, subscriber: Subscriber, delivery: Delivery) -> None:
         topic = subscriber.topic
@@ -319,16 +317,6 @@ class Dispatch:
         for subscriber in self._wheel.expired(now):
             subscriber.slot = None
             self._expire(subscriber, now)
-
-    def _spawn(self, work: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("sending from the stream failed", exc_info=error, extra={"event": "internal_error"})
 
 
 def spread(value: float) -> float:

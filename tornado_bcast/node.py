@@ -7,7 +7,7 @@ this turn of the loop -> one `fan_out` for all its live subscribers (dispatch.py
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 
 from .brokers import Broker, BusMessage, History, Publication, Receipt
 from .config import ChannelRule
@@ -20,6 +20,7 @@ from .protocol import Position
 from .reader import PIECE, StreamReader
 from .rules import ChannelRules
 from .sink import Sink
+from .tasks import Tasks
 from .topic import Topic
 
 logger = logging.getLogger(__name__)
@@ -55,21 +56,19 @@ class Node:
         self._listing = asyncio.Lock()
         self._listed: list[str] = []
         self._listed_at = float("-inf")
-        self._tasks: set[asyncio.Task[None]] = set()
+        # Who waits for a task hears that Redis is away.
+        self._tasks = Tasks(logger, quiet=(Unavailable,))
         # Told the rows of all workers of all nodes.
         self.on_peer: Callable[[bytes], None] = lambda row: None
 
     async def start(self, row: Callable[[], bytes]) -> None:
         """Begin to hear the broker. `row()` is this worker's row of statistics, for all others."""
         await self._broker.start(self, row)
-        self._spawn(self._turn())
+        self._tasks.spawn(self._turn())
 
     async def close(self) -> None:
         """End every task; the broker is closed last."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.close()
         await self.dispatch.close()
         await self._reader.close()
         await self._broker.close()
@@ -160,7 +159,7 @@ class Node:
             if topic.filling is not None:
                 # What is being read may be of before the gap.
                 topic.doubt()
-        self._spawn(self._check_heads([topic for topic in topics if topic.rule.persistent]))
+        self._tasks.spawn(self._check_heads([topic for topic in topics if topic.rule.persistent]))
 
     # Interest
 
@@ -174,7 +173,7 @@ class Node:
             topic = self._topics[channel] = Topic(channel, rule)
         topic.users += 1
         if topic.joining is None or (topic.joining.done() and not _succeeded(topic.joining)):
-            topic.joining = self._spawn(self._join(topic))
+            topic.joining = self._tasks.spawn(self._join(topic))
         if not topic.joining.done():
             await asyncio.wait({topic.joining}, timeout=self._join_timeout)
         if not _succeeded(topic.joining):
@@ -252,7 +251,7 @@ class Node:
         """Read what this node has missed, unless that is under way."""
         under_way = topic.filling is not None and not topic.filling.done()
         if not under_way and self._topics.get(topic.channel) is topic:
-            topic.filling = self._spawn(self._fill(topic))
+            topic.filling = self._tasks.spawn(self._fill(topic))
 
     async def _fill(self, topic: Topic) -> None:
         """Read the stream until the node's head has caught up; at the first time, only where it stands."""
@@ -329,7 +328,7 @@ class Node:
             self.dispatch.turn()
             topics = next(self._head_checks)
             if topics:
-                self._spawn(self._check_heads(topics))
+                self._tasks.spawn(self._check_heads(topics))
 
     def _next_head_checks(self) -> Iterator[list[Topic]]:
         """All persistent topics, again and again, spread over the turns of HEAD_CHECK seconds."""
@@ -338,18 +337,6 @@ class Node:
             topics = [topic for topic in self._topics.values() if topic.rule.persistent]
             for turn in range(turns):
                 yield topics[turn::turns]
-
-    def _spawn(self, work: Coroutine[object, object, None]) -> "asyncio.Task[None]":
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            if not isinstance(error, Unavailable):
-                logger.error("a task of the node failed", exc_info=error, extra={"event": "internal_error"})
 
 
 def _succeeded(task: "asyncio.Task[None]") -> bool:
