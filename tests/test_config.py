@@ -787,6 +787,10 @@ class TestExplain:
             config.read(environ={"REDIS_URL": url})
         )
 
+    def test_passwords_in_the_query_are_masked(self) -> None:
+        assert mask_url("redis://joe:pw@h:1/2?password=pw&db=1") == "redis://joe:***@h:1/2?password=***&db=1"
+        assert mask_url("unix:///run/redis.sock?password=pw") == "unix:///run/redis.sock?password=***"
+
     def test_secrets_are_masked(self) -> None:
         secret = {
             row.key

@@ -16,7 +16,6 @@ from redis_server import RedisServer, binaries
 
 from tornado_bcast.brokers import Receipt
 from tornado_bcast.brokers.redis import RedisBroker, check_server
-from tornado_bcast.brokers.redis_link import mask_url
 from tornado_bcast.errors import ConfigError, Unavailable
 
 Make = Callable[..., RedisServer]
@@ -708,10 +707,3 @@ class TestCheck:
         with pytest.raises(ConfigError, match="url") as error:
             RedisBroker(url, prefix="p", publish_timeout=1, wait_replicas=0)
         assert "hidden" not in str(error.value)
-
-
-def test_no_secret_in_a_masked_url() -> None:
-    assert mask_url("redis://joe:pw@h:1/2?password=pw") == "redis://joe:***@h:1/2"
-    assert mask_url("rediss://:p%40w@h") == "rediss://:***@h"
-    assert mask_url("unix:///run/redis.sock?password=pw") == "unix:///run/redis.sock"
-    assert mask_url("redis://h") == "redis://h"

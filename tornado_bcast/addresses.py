@@ -203,7 +203,8 @@ def _check_url(text: str, scheme: str) -> None:
 
 
 def mask_url(text: str) -> str:
-    """The URL without its password, and without a lone name before the `@`, which may be one by mistake."""
+    """The URL without its passwords, and without a lone name before the `@`, which may be one by mistake."""
+    text = re.sub(r"(?<=[?&]password=)[^&]*", MASK, text)
     scheme, separator, rest = text.partition("://")
     userinfo, at, place = rest.rpartition("@")
     if not (separator and at):

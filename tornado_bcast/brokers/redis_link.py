@@ -13,7 +13,6 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
-from urllib.parse import urlsplit
 
 import redis.exceptions
 from hiredis import pack_command
@@ -28,6 +27,7 @@ from redis.exceptions import (
     RedisError,
 )
 
+from tornado_bcast.addresses import mask_url
 from tornado_bcast.errors import BcastError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -83,16 +83,6 @@ class Server:
     loading: bool = False
     # What an operator should mend although the server can be used.
     problem: str | None = None
-
-
-def mask_url(url: str) -> str:
-    """The URL for people: without its password, and without query values, which may hold one."""
-    parts = urlsplit(url)
-    place = parts.netloc
-    if "@" in place:
-        user, _, host = place.rpartition("@")
-        place = f"{user.partition(':')[0]}:***@{host}" if ":" in user else f"***@{host}"
-    return f"{parts.scheme}://{place}{parts.path}"
 
 
 # Makes a connection: its name for CLIENT LIST, and what to do on it once its socket stands.
