@@ -181,6 +181,20 @@ def test_what_the_kernel_did_not_take_follows_in_order() -> None:
     assert way.heard()[-1] == "four" and way.owner.drained == 1
 
 
+def test_that_all_has_left_is_told_by_the_loop_alone() -> None:
+    """Whoever sends is in the middle of a fan-out, and is not to be asked for more from within."""
+    way = Way(room=4)
+    way.send("a", "one two")
+    way.stream.room = 1000
+    way.stream._push()
+    for send in (lambda: way.send("a", "three"), lambda: way.answer("four"), way.sink.release):
+        send()
+        assert not way.owner.drained
+    way.stream.turn()
+    assert way.owner.drained == 1
+    assert way.heard() == ["one", "two", "three", "four"]
+
+
 def test_a_kernel_without_any_room() -> None:
     way = Way(room=0)
     way.send("a", "one")

@@ -30,7 +30,7 @@ class SinkOwner(Protocol):
         """The queue is full of what must not be dropped: the connection is too slow to go on."""
 
     def on_drained(self) -> None:
-        """Everything that had to wait has left."""
+        """Everything that had to wait has left. Told by the loop, never within a call of the sink."""
 
     def on_dropped(self, count: int, policy: SlowConsumer) -> None:
         """So many messages were dropped by policy."""
