@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from worker_kit import Clockwork, Peer, Store, Worker, make_rule
+from worker_kit import ENDS_KEPT, Clockwork, Peer, Store, Worker, make_rule
 
 from tornado_bcast import compression
 from tornado_bcast.brokers import BusMessage
@@ -26,6 +26,7 @@ from tornado_bcast.dispatch import TICK
 from tornado_bcast.errors import CloseCode, Refusal
 from tornado_bcast.node import HEAD_CHECK, LINGER
 from tornado_bcast.protocol import Position
+from tornado_bcast.reader import PIECE
 from tornado_bcast.topic import AHEAD, Topic
 
 CHANNEL = "c"
@@ -131,7 +132,7 @@ class Numbers(RuleBasedStateMachine):
         seq = data.draw(st.integers(0, self.head))
         if self.live:
             self.delivery.epoch, self.delivery.cursor = "e", self.cursor
-        moved = self.delivery.acknowledge("e", seq, self.now, chain="e")
+        moved = self.delivery.acknowledge("e", seq, self.now)
         assert moved == (self.delivery.acks and seq > self.acked)
         if moved:
             self.acked = seq
@@ -769,6 +770,125 @@ def test_the_end_during_a_second_subscribe(scene: Scene, saving: bool, fails: bo
     scene.publish(1)
     scene.hear()
     assert other.data == [1, 2, 3, 4]
+
+
+# Places and their names
+
+
+def place(peer: Peer) -> tuple[str, int, bool]:
+    """Where a resumed session goes on."""
+    event = peer.events[0]
+    return event["epoch"], event["seq"], event["recovered"]
+
+
+def begin_an_epoch(scene: Scene, before: int) -> None:
+    """So many messages of e0, and five of the e1 that another master has begun."""
+    scene.publish(before)
+    scene.hear()
+    scene.store.move(CHANNEL)
+    scene.publish(5)
+    scene.hear()
+
+
+def lose_an_epoch(scene: Scene) -> None:
+    """The other master is gone, and with it what it alone had."""
+    scene.store.roll_back(CHANNEL, 5)
+    scene.worker.run(scene.broker.cut)
+    assert scene.topic.epoch == "e0"
+
+
+@pytest.mark.logs("history_lost")
+@pytest.mark.parametrize("scene", [{"max_in_flight": 1}], indirect=True)
+@pytest.mark.parametrize("acks", [False, True])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_who_has_seen_nothing_of_an_epoch_loses_nothing_with_it(
+    scene: Scene, acks: bool, resumed: bool
+) -> None:
+    """Whatever the present one was when a place was given, written or acked without a name."""
+    begin_an_epoch(scene, 10)
+    peer = scene.peer(ack=True, last=10)
+    if acks:
+        peer.ack(CHANNEL, 6)
+    if resumed:
+        peer.disconnect()
+    lose_an_epoch(scene)
+    if resumed:
+        peer = scene.peer(heir=peer)
+        assert place(peer) == ("e0", 5 + acks, True)
+    peer.ack(CHANNEL, 7)
+    assert peer.data[-1] == 8 and not peer.errors()
+
+
+@pytest.mark.logs("history_lost")
+@pytest.mark.parametrize("scene", [{"max_in_flight": 1, "size": 8}], indirect=True)
+@pytest.mark.parametrize("how", ["read", "resumed"])
+def test_who_was_told_of_a_loss_is_told_of_no_other(scene: Scene, how: str) -> None:
+    """The oldest message left was there before the epoch that is lost then."""
+    peer = scene.peer(ack=True)
+    if how == "resumed":
+        peer.disconnect()
+    begin_an_epoch(scene, 10)
+    match how:
+        case "read":
+            peer.ack(CHANNEL, 3)
+        case "resumed":
+            peer = scene.peer(heir=peer)
+            assert place(peer) == ("e0", 7, False)
+    told = peer.errors()
+    lose_an_epoch(scene)
+    scene.loop.turn_on(7)
+    peer.ack(CHANNEL, 8)
+    assert peer.data[-3:] == [8, 8, 9] and peer.errors() == told
+
+
+@pytest.mark.parametrize("scene", [{"max_in_flight": 2}], indirect=True)
+def test_messages_of_epochs_whose_names_are_forgotten(scene: Scene) -> None:
+    for _ in range(ENDS_KEPT + 5):
+        scene.publish(1)
+        scene.store.move(CHANNEL)
+    peer = scene.peer(ack=True, last=100)
+    for seq in range(1, ENDS_KEPT + 6):
+        assert peer.data[-1] >= seq
+        peer.ack(CHANNEL, seq)
+    assert not peer.errors()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_head_that_is_behind_the_present_epoch(scene: Scene, resumed: bool) -> None:
+    """A node that has much to catch up with tells of a place that it has heard of."""
+    peer = scene.peer()
+    if resumed:
+        other = scene.peer()
+        other.disconnect()
+    scene.publish(2 * PIECE)
+    scene.broker.cut(noticed=False)
+    scene.broker.manual = True
+    begin_an_epoch(scene, 0)
+    while not scene.topic.seq:
+        scene.broker.execute()
+        scene.worker.run(scene.broker.answer)
+    assert (scene.topic.epoch, scene.topic.seq) == ("e1", PIECE)
+    reading = scene.broker.asked.popleft()
+    new = scene.peer(heir=other) if resumed else scene.peer()
+    finish_reading(scene)
+    scene.broker.asked.append(reading)
+    finish_reading(scene)
+    assert (new.events[0]["epoch"], new.events[0]["seq"]) == ("e0", PIECE)
+    assert peer.data[-1] == 2 * PIECE + 5
+
+
+@pytest.mark.logs("history_lost")
+def test_a_full_queue_at_the_end_of_an_epoch(scene: Scene) -> None:
+    """What it did not take is of the epoch that is lost; what it has had is not."""
+    peer = scene.peer(queue=300)
+    peer.block()
+    begin_an_epoch(scene, 1)
+    assert scene.topic.behind
+    lose_an_epoch(scene)
+    peer.drain()
+    scene.publish(1)
+    scene.hear()
+    assert peer.data == [1, 7] and not peer.errors()
 
 
 @pytest.mark.parametrize("scene", [{"max_in_flight": 50}], indirect=True)

@@ -151,7 +151,7 @@ class Sessions(RuleBasedStateMachine):
         if not held.is_open or subscription is None or subscription.delivery is None:
             return
         delivery = subscription.delivery
-        moved = delivery.acknowledge("e", delivery.acked + step, self.now, chain="e")
+        moved = delivery.acknowledge("e", delivery.acked + step, self.now)
         assert moved is delivery.acks
         if moved:
             held.session.changed.add(channel)

@@ -49,6 +49,8 @@ from tornado_bcast.topic import Topic
 
 Event = dict[str, Any]
 SESSION_TTL = 600.0
+# As in publish.lua.
+ENDS_KEPT = 16
 
 
 def make_rule(*, persistent: bool = True, **fields: Any) -> ChannelRule:
@@ -152,6 +154,8 @@ class Store:
         if line.moved:
             line.moved = False
             line.ends[line.epoch] = line.seq
+            if len(line.ends) > ENDS_KEPT:
+                del line.ends[next(iter(line.ends))]
             kept = {seq: number for seq, number in self.lines[line.epoch].items() if seq <= line.seq}
             line.epoch = self._new_epoch(kept)
         line.seq += 1

@@ -60,8 +60,8 @@ class Delivery:
         self.acked_epoch = epoch
         # A position that is gone. The client was told so, but no ack has shown yet that it heard of it.
         self.lost = lost
-        # While behind: the last message written in this pass, and the epoch in which that number was given or
-        # known. While live it is the node's head, and the node sets it where it matters.
+        # While behind: the last message written in this pass, and the epoch in which that number was given.
+        # While live it is the node's head, and the node sets it where it matters.
         self.cursor = seq
         self.epoch = epoch
         # The highest message ever written; what is written again up to here is a redelivery.
@@ -121,11 +121,10 @@ class Delivery:
         self.epoch, self.cursor = epoch, seq
         self.sent = max(self.sent, seq)
 
-    def acknowledge(self, epoch: str, seq: int, now: float, *, chain: str) -> bool:
-        """The client has processed all up to `seq` of `epoch`. True: the position moved.
+    def acknowledge(self, epoch: str, seq: int, now: float) -> bool:
+        """The client has processed all up to `seq`, which was given in `epoch`. True: the position moved.
 
-        The caller has made sure that this place lies on the line of numbers of which `chain` is the present
-        epoch, and not past its head.
+        The caller has made sure that this place lies on the present line of numbers, and not past its head.
         """
         if not self.acks:
             return False
@@ -143,7 +142,7 @@ class Delivery:
             self.times = 0
         if self.behind and seq > self.cursor:
             # A resumed client tells what it has: that need not be sent again.
-            self.epoch, self.cursor = chain, seq
+            self.epoch, self.cursor = epoch, seq
             self.sent = max(self.sent, seq)
         self.watch(now)
         return True

@@ -125,8 +125,10 @@ class Dispatch:
             self.advance(subscriber)
 
     def detach(self, subscriber: Subscriber) -> None:
-        """Stop to send."""
-        topic = subscriber.topic
+        """Stop to send. What it had of a persistent channel then stands in its delivery."""
+        topic, delivery = subscriber.topic, subscriber.delivery
+        if delivery is not None and not delivery.behind:
+            delivery.fall_behind(*topic.written)
         self._metrics.subscriptions -= 1
         subscriber.closed = True
         self.hub_of(subscriber.sink).remove(topic.channel, subscriber.sink)
@@ -141,8 +143,8 @@ class Dispatch:
         if delivery is None or not topic.knows(epoch, seq):
             return False
         if not delivery.behind:
-            delivery.epoch, delivery.cursor = topic.epoch, topic.flushed
-        if not delivery.acknowledge(epoch or topic.epoch, seq, _now(), chain=topic.epoch):
+            delivery.epoch, delivery.cursor = topic.written
+        if not delivery.acknowledge(topic.epoch_of(seq), seq, _now()):
             return False
         self._watch(subscriber)
         self.advance(subscriber)
@@ -182,7 +184,7 @@ class Dispatch:
         self.hub_of(subscriber.sink).remove(topic.channel, subscriber.sink)
         topic.live.pop(subscriber.sink, None)
         topic.behind[subscriber.sink] = subscriber
-        delivery.fall_behind(topic.epoch, topic.flushed)
+        delivery.fall_behind(*topic.written)
         delivery.watch(_now())
         self._watch(subscriber)
         asyncio.get_running_loop().call_soon(self.advance, subscriber)
@@ -250,7 +252,7 @@ class Dispatch:
             if not subscriber.sink.send(topic.channel, b"".join(frames), frames, "wait"):
                 # The queue has filled meanwhile: when that has left, this is read again.
                 return
-            delivery.wrote(history.epoch, last, _now())
+            delivery.wrote(topic.epoch_of(last), last, _now())
             self._metrics.delivered += len(frames)
             self._metrics.bytes_out += size
             self._metrics.redelivered += redelivered
@@ -271,8 +273,8 @@ class Dispatch:
         topic, delivery = subscriber.topic, subscriber.delivery
         assert delivery is not None
         start = min(history.first - 1, topic.seq)
-        delivery.lose(topic.epoch, start)
-        subscriber.on_lost(topic.channel, topic.epoch, start)
+        delivery.lose(topic.epoch_of(start), start)
+        subscriber.on_lost(topic.channel, delivery.epoch, start)
 
     def _watch(self, subscriber: Subscriber) -> None:
         """See to it that the wheel comes by when the subscriber's acks are due."""
@@ -311,7 +313,7 @@ class Dispatch:
             for subscriber in topic.live.values():
                 delivery = subscriber.delivery
                 if delivery is not None and delivery.acks and delivery.due is None:
-                    delivery.epoch, delivery.cursor = topic.epoch, topic.flushed
+                    delivery.epoch, delivery.cursor = topic.written
                     delivery.watch(now)
                     self._watch(subscriber)
         for subscriber in self._wheel.expired(now):

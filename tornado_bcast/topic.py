@@ -60,7 +60,7 @@ class Topic:
         # The node's head: every message up to here has been seen. "" until it is known.
         self.epoch = ""
         self.seq = 0
-        # Where earlier epochs of this line of numbers ended.
+        # Where earlier epochs of this line of numbers ended, in their order.
         self.ends: dict[str, int] = {}
         # The head when the frames above began to gather.
         self.flushed = 0
@@ -105,6 +105,21 @@ class Topic:
         if epoch is None or epoch == self.epoch:
             return seq <= self.seq
         return seq <= self.ends.get(epoch, -1)
+
+    def epoch_of(self, seq: int) -> str:
+        """The epoch in which a number of this line was given, as far back as that is remembered.
+
+        By this name a place is still known when the epochs that came after it are lost.
+        """
+        for epoch, end in self.ends.items():
+            if seq <= end:
+                return epoch
+        return self.epoch
+
+    @property
+    def written(self) -> tuple[str, int]:
+        """The place up to which live subscribers have been sent everything."""
+        return self.epoch_of(self.flushed), self.flushed
 
     def adopt(self, history: History, seq: int) -> None:
         """Take over the line of numbers that a read has shown, with `seq` as the node's head."""

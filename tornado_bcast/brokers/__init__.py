@@ -85,7 +85,7 @@ class History:
     seq: int
     # The oldest message that is kept; seq + 1 when there is none.
     first: int
-    # Where earlier epochs of this same line of numbers ended. A position up to there goes on.
+    # Where earlier epochs of this same line of numbers ended, in their order. A position up to there goes on.
     ends: dict[str, int]
     # In order and without what was not asked for; fewer than asked for where they are too many bytes, so
     # who reads on compares the last one's seq with the head.

@@ -98,9 +98,8 @@ class Subscriptions:
         except BaseException:
             node.leave(topic)
             raise
-        epoch = position.epoch if position is not None and recovered else topic.epoch
         lost = (position.epoch, position.seq) if position is not None and not recovered else None
-        delivery = Delivery(topic.rule, epoch, start, acks=position is not None, lost=lost)
+        delivery = Delivery(topic.rule, topic.epoch_of(start), start, acks=position is not None, lost=lost)
         return Restored(topic, Subscription(topic.rule, delivery), recovered and position is not None)
 
     def entry(self, one: Restored) -> dict[str, object]:
@@ -110,7 +109,7 @@ class Subscriptions:
         if delivery is not None:
             if not delivery.acks:
                 # Nobody knows what this client has seen: it goes on with what comes from now on.
-                delivery.restart(one.topic.epoch, one.topic.seq)
+                delivery.restart(one.topic.epoch_of(one.topic.seq), one.topic.seq)
             entry["epoch"], entry["seq"] = delivery.epoch, delivery.cursor
         return entry
 
@@ -246,12 +245,10 @@ class Subscriptions:
         """A subscription that begins after `start`, or goes on where the old one stands."""
         if not topic.rule.persistent:
             return Subscription(topic.rule, None)
-        epoch = topic.epoch
+        epoch = topic.epoch_of(start)
         lost: tuple[str, int] | None = None
         if _wants_place(command):
-            if command.since is not None and recovered:
-                epoch = command.since.epoch
-            elif command.since is not None:
+            if command.since is not None and not recovered:
                 lost = command.since.epoch, command.since.seq
         elif old is not None and old.delivery is not None:
             if command.ack and old.acks:
@@ -282,7 +279,8 @@ class Subscriptions:
         fields: dict[str, object] = {"persistent": delivery is not None}
         if delivery is not None:
             replayed = max(0, topic.seq - delivery.cursor)
-            fields |= {"epoch": topic.epoch, "seq": topic.seq, "recovered": recovered, "replayed": replayed}
+            epoch = topic.epoch_of(topic.seq)
+            fields |= {"epoch": epoch, "seq": topic.seq, "recovered": recovered, "replayed": replayed}
         elif _wants_place(command):
             fields |= {"recovered": False, "replayed": 0}
         self._owner.answer(
