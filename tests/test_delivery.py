@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 from worker_kit import ENDS_KEPT, Clockwork, Peer, Store, Worker, make_rule
 
-from tornado_bcast import compression
+from tornado_bcast import compression, dispatch
 from tornado_bcast.brokers import BusMessage
 from tornado_bcast.config import ChannelsConfig
 from tornado_bcast.delivery import RETRY_WINDOW, Delivery
@@ -166,6 +166,17 @@ class Numbers(RuleBasedStateMachine):
         self.live = False
         self.cursor = self.acked
 
+    @precondition(lambda self: self.delivery.acks)
+    @rule()
+    def start_again(self) -> None:
+        """The client subscribes a second time."""
+        if self.live:
+            self.fall_behind()
+        self.delivery.start_again()
+        self.cursor = self.acked
+        self.tries = 0
+        self.begun = None
+
     @precondition(lambda self: self.delivery.due is not None and self.delivery.due <= self.now)
     @rule()
     def postpone(self) -> None:
@@ -308,7 +319,7 @@ class World(RuleBasedStateMachine):
     )
     def ack(self, data: st.DataObject, how: str, named: bool) -> None:
         peer = self.some_peer(data)
-        if CHANNEL in peer.asked:
+        if CHANNEL not in peer.session.subscriptions:
             return
         watcher = peer.watchers[CHANNEL]
         seq, epoch = watcher.seq, watcher.epoch
@@ -425,7 +436,7 @@ class World(RuleBasedStateMachine):
 
     def ack_all(self, peer: Peer) -> None:
         watcher = peer.watchers.get(CHANNEL)
-        if watcher is not None and CHANNEL not in peer.asked:
+        if watcher is not None:
             peer.ack(CHANNEL, watcher.seq, watcher.epoch)
 
     @invariant()
@@ -447,6 +458,8 @@ class World(RuleBasedStateMachine):
 def test_a_worker_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     # So that its small messages are compressed as well.
     monkeypatch.setattr(compression, "THRESHOLD", 0)
+    # And what one turn brings leaves in several batches.
+    monkeypatch.setattr(dispatch, "_BATCH", 500)
     run_machine(World, 100, 60)
 
 
@@ -772,13 +785,182 @@ def test_the_end_during_a_second_subscribe(scene: Scene, saving: bool, fails: bo
     assert other.data == [1, 2, 3, 4]
 
 
-# Places and their names
+# A second subscribe
+
+
+def answers(peer: Peer) -> list[tuple[bool, int]]:
+    """Of each subscribe: `recovered` and `replayed`."""
+    return [
+        (event["recovered"], event["replayed"]) for event in peer.events if event.get("op") == "subscribe"
+    ]
+
+
+def begin_again(scene: Scene, peer: Peer, **fields: Any) -> None:
+    """Subscribe once more, until that is being saved."""
+    scene.broker.manual = True
+    reads = scene.broker.reads
+    peer.subscribe(CHANNEL, **fields)
+    if scene.broker.reads > reads:
+        scene.broker.execute()
+        scene.worker.run(scene.broker.answer)
+    assert len(scene.broker.asked) == 1
 
 
 def place(peer: Peer) -> tuple[str, int, bool]:
     """Where a resumed session goes on."""
     event = peer.events[0]
     return event["epoch"], event["seq"], event["recovered"]
+
+
+def test_what_is_not_acked_comes_again(scene: Scene) -> None:
+    """It was written before, and says so."""
+    peer = scene.peer(ack=True)
+    scene.publish(5)
+    scene.hear()
+    peer.ack(CHANNEL, 3)
+    for _ in range(2):
+        peer.subscribe(CHANNEL, ack=True)
+    scene.publish(1)
+    scene.hear()
+    assert peer.data == [1, 2, 3, 4, 5, 4, 5, 4, 5, 6]
+    assert [event.get("redelivered") for event in peer.events if "data" in event][5:] == [1, 1, 2, 2, None]
+    assert answers(peer) == [(True, 0), (True, 2), (True, 2)]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_an_ack_while_a_second_subscribe_is_saved(scene: Scene, ends: bool) -> None:
+    peer = scene.peer(ack=True)
+    scene.publish(5)
+    scene.hear()
+    peer.ack(CHANNEL, 2)
+    begin_again(scene, peer, ack=True)
+    peer.ack(CHANNEL, 4)
+    if ends:
+        peer.disconnect()
+    finish_reading(scene)
+    if ends:
+        assert place(scene.peer(heir=peer)) == ("e0", 4, True)
+    else:
+        assert peer.data == [1, 2, 3, 4, 5, 5]
+        assert answers(peer)[-1] == (True, 1)
+
+
+def test_a_second_subscribe_that_fails(scene: Scene) -> None:
+    """The first one goes on as if nothing had been asked."""
+    peer = scene.peer(ack=True)
+    scene.publish(3)
+    scene.hear()
+    begin_again(scene, peer, ack=True, last=3)
+    peer.ack(CHANNEL, 2)
+    scene.worker.run(scene.broker.fail)
+    scene.broker.manual = False
+    assert peer.errors() == ["unavailable"]
+    scene.publish(1)
+    scene.hear()
+    peer.ack(CHANNEL, 3)
+    assert peer.data == [1, 2, 3, 4]
+    peer.disconnect()
+    assert place(scene.peer(heir=peer)) == ("e0", 3, True)
+
+
+@pytest.mark.parametrize("scene", [{"size": 5}], indirect=True)
+def test_a_second_subscribe_when_what_is_not_acked_is_gone(scene: Scene) -> None:
+    """It is told by the answer, and, until something is acked, by the next connection as well."""
+    peer = scene.peer(ack=True)
+    scene.publish(20)
+    scene.hear()
+    peer.subscribe(CHANNEL, ack=True)
+    assert answers(peer)[-1] == (False, 5)
+    assert peer.data[20:] == [16, 17, 18, 19, 20] and not peer.errors()
+    peer.disconnect()
+    assert place(scene.peer(heir=peer)) == ("e0", 15, False)
+
+
+@pytest.mark.parametrize("scene", [{"size": 5}], indirect=True)
+def test_an_ack_that_makes_up_for_what_is_gone(scene: Scene) -> None:
+    """While the second subscribe is saved: nothing is lost then, and nothing comes again."""
+    peer = scene.peer(ack=True)
+    scene.publish(20)
+    scene.hear()
+    begin_again(scene, peer, ack=True)
+    peer.ack(CHANNEL, 18)
+    finish_reading(scene)
+    assert answers(peer)[-1] == (True, 2)
+    assert peer.data[20:] == [19, 20]
+
+
+@pytest.mark.logs("history_lost")
+def test_a_loss_while_a_second_subscribe_is_saved(scene: Scene) -> None:
+    """It is told once, by the first one."""
+    peer = scene.peer(ack=True)
+    scene.publish(20)
+    scene.hear()
+    begin_again(scene, peer, ack=True)
+    scene.store.flush(CHANNEL)
+    scene.publish(3)
+    scene.hear()
+    # The save takes longer than what the loss leads to.
+    save = scene.broker.asked.popleft()
+    finish_reading(scene)
+    scene.broker.asked.append(save)
+    finish_reading(scene)
+    assert peer.errors() == ["history_lost"]
+    assert answers(peer)[-1] == (True, 3)
+    assert peer.data[-3:] == [21, 22, 23]
+
+
+@pytest.mark.logs("history_lost")
+def test_a_loss_of_what_was_seen_before_acks_were_given_up(scene: Scene) -> None:
+    peer = scene.peer(ack=True)
+    scene.publish(30)
+    scene.hear()
+    peer.block()
+    scene.loop.turn_on(7)
+    peer.subscribe(CHANNEL)
+    scene.store.roll_back(CHANNEL, 3)
+    scene.publish(5)
+    scene.hear()
+    peer.drain()
+    assert peer.errors() == ["history_lost"]
+
+
+@pytest.mark.logs("history_lost")
+def test_a_loss_right_before_acks_are_asked_for(scene: Scene) -> None:
+    """No ack has shown that the client heard of it: the next connection tells it again."""
+    peer = scene.peer()
+    scene.publish(3)
+    scene.hear()
+    scene.store.flush(CHANNEL)
+    scene.publish(2)
+    scene.hear()
+    assert peer.errors() == ["history_lost"]
+    peer.subscribe(CHANNEL, ack=True)
+    peer.disconnect()
+    assert place(scene.peer(heir=peer)) == ("e1", 0, False)
+
+
+def test_the_last_messages_before_a_subscribe_was_saved(scene: Scene) -> None:
+    """Where they begin is stored as well, though more have come meanwhile."""
+    scene.publish(10)
+    peer = scene.peer()
+    begin_again(scene, peer, ack=True, last=2)
+    scene.publish(4)
+    scene.hear()
+    finish_reading(scene)
+    assert peer.data == [11, 12, 13, 14, 13, 14]
+    peer.disconnect()
+    assert place(scene.peer(heir=peer)) == ("e0", 12, True)
+
+
+@pytest.mark.parametrize("scene", [{"persistent": False}], indirect=True)
+def test_a_place_on_another_channel_costs_nothing(scene: Scene) -> None:
+    """There is no stream: none is read, and none is begun by reading."""
+    peer = scene.peer(since=Position("e0", 4))
+    assert answers(peer) == [(False, 0)]
+    assert not scene.broker.reads
+
+
+# Places and their names
 
 
 def begin_an_epoch(scene: Scene, before: int) -> None:
@@ -821,7 +1003,7 @@ def test_who_has_seen_nothing_of_an_epoch_loses_nothing_with_it(
 
 @pytest.mark.logs("history_lost")
 @pytest.mark.parametrize("scene", [{"max_in_flight": 1, "size": 8}], indirect=True)
-@pytest.mark.parametrize("how", ["read", "resumed"])
+@pytest.mark.parametrize("how", ["read", "subscribed", "resumed"])
 def test_who_was_told_of_a_loss_is_told_of_no_other(scene: Scene, how: str) -> None:
     """The oldest message left was there before the epoch that is lost then."""
     peer = scene.peer(ack=True)
@@ -831,6 +1013,9 @@ def test_who_was_told_of_a_loss_is_told_of_no_other(scene: Scene, how: str) -> N
     match how:
         case "read":
             peer.ack(CHANNEL, 3)
+        case "subscribed":
+            peer.subscribe(CHANNEL, ack=True)
+            assert answers(peer)[-1] == (False, 8)
         case "resumed":
             peer = scene.peer(heir=peer)
             assert place(peer) == ("e0", 7, False)

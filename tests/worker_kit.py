@@ -12,7 +12,7 @@ import json
 import logging
 import zlib
 from array import array
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -42,7 +42,7 @@ from tornado_bcast.metrics import Metrics
 from tornado_bcast.node import Node
 from tornado_bcast.protocol import Ack, Subscribe, Unsubscribe, encode_error
 from tornado_bcast.rules import NOBODY, ChannelRules, Principal
-from tornado_bcast.session import Session
+from tornado_bcast.session import Session, decode_subscription
 from tornado_bcast.sink import Sink, SlowConsumer
 from tornado_bcast.stream import ClientStream
 from tornado_bcast.topic import Topic
@@ -134,6 +134,8 @@ class Store:
         self.brokers: list[StoreBroker] = []
         # Epoch -> seq -> the number of the message, for each epoch that there ever was.
         self.lines: dict[str, dict[int, int]] = {}
+        # The first message of the longest that a channel was trimmed to: an older file has others again.
+        self.trimmed: dict[str, int] = defaultdict(int)
         self._now: dict[str, Line] = {}
         self._count = 0
 
@@ -181,6 +183,7 @@ class Store:
         messages = self.line(channel).messages
         for seq in list(messages)[: max(0, len(messages) - size)]:
             del messages[seq]
+            self.trimmed[channel] = max(self.trimmed[channel], seq + 1)
 
     def move(self, channel: str) -> None:
         """A replica that had everything is the master now."""
@@ -196,6 +199,7 @@ class Store:
 
     def flush(self, channel: str) -> None:
         """FLUSHALL, as far as a channel is concerned."""
+        self.trimmed.pop(channel, None)
         self._now.pop(channel, None)
 
     def read(self, channel: str, after: int, limit: int) -> History:
@@ -517,6 +521,8 @@ class Peer:
         self.is_watched = True
         # The last subscribe of each channel that was not answered.
         self.asked: dict[str, Subscribe] = {}
+        # What the session had stored of each channel.
+        self.stored: dict[str, str] = {}
         # What was acked of each channel: subscribed (with acks or without), or not any more.
         self.promised: dict[str, bool | None] = {}
         # Channels of which it is not known what became of the last command.
@@ -532,6 +538,7 @@ class Peer:
                 session = await self.worker.keeper.resume(self.heir_of.session.id, self.session.who)
                 self.resumed = session is not None
                 self.session = session or self.session
+            self.stored = dict(self.session.restorable)
             restored, refused = await self.subscriptions.restore(self.session)
         except Unavailable:
             self.turned_away = self.closed = True
@@ -638,7 +645,6 @@ class Peer:
             return
         epoch, seq = event["epoch"], event["seq"] - event["replayed"]
         new = Watcher(self.store, channel, rule, command.ack, epoch, seq)
-        new.limited = new.blocked = old is not None and old.blocked
         wanted = None
         if command.since is not None:
             wanted = command.since.epoch, command.since.seq
@@ -648,21 +654,27 @@ class Peer:
             assert event["replayed"] == 0
         elif old.acks and command.ack:
             wanted = old.acked_epoch, old.acked
-            new.was_lost = old.was_lost
-        elif not self.store.continues(channel, old.epoch, old.seq):
-            # It stays where it is, and will be told that this is gone.
-            new._start(old.epoch, old.seq)
         else:
-            # At what was written last, or in a stretch that comes again.
-            assert new.number == old.number or (old.acks and old.acked <= seq < old.seq)
-        if wanted is not None and not event["recovered"]:
-            assert not self.store.continues(channel, *wanted)
+            # It stays at what was written last, or in a stretch that comes again; or that is gone.
+            there = new.number == old.number or (old.acks and old.acked <= seq < old.seq)
+            assert there or not self.store.continues(channel, old.epoch, old.seq)
+            new.past = old.epoch, old.seq
+            if not there:
+                new.begin(old.epoch, old.seq)
+            new.was_lost = old.was_lost
+        if wanted is None:
+            pass
+        elif not event["recovered"]:
+            trimmed = wanted[1] + 1 < self.store.trimmed[channel]
+            assert trimmed or not self.store.continues(channel, *wanted)
             new.was_lost = True
-        elif wanted is not None and self.store.continues(channel, *wanted):
-            assert seq == wanted[1] and new.number == new.number_of(*wanted)
-        elif wanted is not None:
-            # It is gone since: that will be told.
-            new._start(*wanted)
+        else:
+            # From there on, or it is gone since: that will be told.
+            assert seq == wanted[1] or not self.store.continues(channel, *wanted)
+            new.begin(*wanted)
+            if command.since is None and old is not None:
+                new.go_on(old)
+        new.limited = new.blocked = old is not None and old.blocked
         self.watchers[channel] = new
 
     def _go_on_watching(self, channel: str, event: Event) -> None:
@@ -682,9 +694,12 @@ class Peer:
             assert old.acks and seq <= old.acked
             assert new.number == new.number_of(old.acked_epoch, seq)
         elif old is not None and old.acks:
-            # It is told again of a loss until it has acked something since.
-            assert old.was_lost or not self.store.continues(channel, old.acked_epoch, old.acked)
-        new.was_lost = not event["recovered"]
+            # What is stored may be older than what was acked; it is told again of a loss until it has acked.
+            stored = decode_subscription(self.stored[channel])
+            assert stored is not None and (old.was_lost or stored.seq <= old.acked)
+            trimmed = stored.seq + 1 < self.store.trimmed[channel]
+            assert trimmed or not self.store.continues(channel, stored.epoch, stored.seq)
+        new.was_lost = event["acks"] and not event["recovered"]
         self.watchers[channel] = new
 
     # What a test does
@@ -717,7 +732,10 @@ class Peer:
         if watcher is not None and subscription is not None and subscription.held is not None:
             topic = subscription.held.topic
             if topic.knows(epoch, seq):
-                watcher.ack(epoch or topic.epoch, seq)
+                delivery, tries = subscription.held.delivery, watcher.tries
+                if watcher.ack(epoch or topic.epoch, seq):
+                    watcher.going_back |= delivery.tries > tries
+                    watcher.going_back &= seq < delivery.sent
         self.worker.run(lambda: self.subscriptions.acknowledge(Ack(channel, seq, epoch)))
 
     def block(self, room: int = 0) -> None:
@@ -768,6 +786,10 @@ class Watcher:
     # Goings-back since the last ack that moved the position, and how much of time the last step took.
     tries: int = 0
     since: float | None = None
+    # What it had from an earlier subscription of this connection.
+    past: tuple[str, int] | None = None
+    # The server had gone back when an ack came, and what it sends for that is still to come.
+    going_back: bool = False
     # The connection may have a backlog, or had one since an ack: waits are not what they seem from here.
     limited: bool = False
     blocked: bool = False
@@ -777,15 +799,21 @@ class Watcher:
     redelivered: int = 0
 
     def __post_init__(self) -> None:
-        self._start(self.epoch, self.seq)
+        self.begin(self.epoch, self.seq)
 
-    def _start(self, epoch: str, seq: int) -> None:
+    def begin(self, epoch: str, seq: int) -> None:
         self.epoch, self.seq = self.acked_epoch, self.acked = epoch, seq
         self.written = seq
         self.number = self.number_of(epoch, seq)
         self.seen = set()
         self.tries = 0
         self.since = None
+
+    def go_on(self, old: "Watcher") -> None:
+        """The client has asked for what it has not acked once more: it comes as any redelivery."""
+        self.epoch, self.seq, self.number = old.epoch, old.seq, old.number
+        self.seen, self.written, self.was_lost = old.seen, old.seq, old.was_lost
+        self.going_back = self.seq > self.acked
 
     def number_of(self, epoch: str, seq: int) -> int | None:
         """Which message stands at a place."""
@@ -804,6 +832,10 @@ class Watcher:
 
     def _check_message(self, epoch: str, seq: int, number: int, redelivered: int) -> None:
         assert self.number_of(epoch, seq) == number, "a place that belongs to another message"
+        if seq <= self.acked and self.blocked and redelivered:
+            # It was on its way when it was acked.
+            assert number in self.seen
+            return
         assert seq > self.acked, f"{seq} comes again, though {self.acked} is acked"
         if number in self.seen:
             assert self.acks and redelivered, f"{seq} comes again"
@@ -830,6 +862,10 @@ class Watcher:
 
     def _check_back(self) -> None:
         """It begins again after the acked position."""
+        if self.going_back:
+            self.going_back = False
+            self.since = self.now
+            return
         assert self.since is not None
         wait = self.rule.ack_timeout * 2**self.tries
         assert self.blocked or self.now - self.since >= wait, f"after {self.now - self.since} s, not {wait}"
@@ -839,20 +875,21 @@ class Watcher:
 
     def _check_lost(self, epoch: str, seq: int) -> None:
         start = (self.acked_epoch, self.acked) if self.acks else (self.epoch, self.seq)
-        assert not self.store.continues(self.channel, *start) or not self.store.knows(
-            self.channel, self.epoch, self.seq
-        ), "nothing is lost"
+        high = max((self.epoch, self.seq), self.past or ("", 0), key=lambda place: place[1])
+        trimmed = start[1] + 1 < self.store.trimmed[self.channel]
+        gone = not self.store.continues(self.channel, *start) or not self.store.knows(self.channel, *high)
+        assert trimmed or gone, "nothing is lost"
         self.lost += 1
-        self._start(epoch, seq)
+        self.begin(epoch, seq)
         self.was_lost = True
 
-    def ack(self, epoch: str, seq: int) -> None:
-        """The client acks a position that its server knows."""
+    def ack(self, epoch: str, seq: int) -> bool:
+        """The client acks a position that its server knows. True: that moves it."""
         if not self.acks or seq < self.acked or (seq == self.acked and not self.was_lost):
-            return
+            return False
         if self.was_lost and seq > self.seq:
             # It was on its way when the loss was told.
-            return
+            return False
         self.was_lost = False
         self.acked_epoch, self.acked, self.acked_at = epoch, seq, self.now
         self.tries = 0
@@ -862,6 +899,7 @@ class Watcher:
         self.written = max(self.written, seq)
         self.since = self.now if self.written > seq else None
         self.blocked = self.limited
+        return True
 
     @property
     def is_overdue(self) -> bool:

@@ -47,6 +47,7 @@ class Delivery:
         seq: int,
         *,
         acks: bool,
+        sent: int = 0,
         lost: tuple[str, int] | None = None,
         uniform: Callable[[], float] = random.random,
     ) -> None:
@@ -65,7 +66,7 @@ class Delivery:
         self.cursor = seq
         self.epoch = epoch
         # The highest message ever written; what is written again up to here is a redelivery.
-        self.sent = seq
+        self.sent = max(seq, sent)
         self.behind = True
         # Goings-back since an ack last moved the position.
         self.tries = 0
@@ -154,12 +155,21 @@ class Delivery:
         self.due = None
         if self.tries >= self.max_redeliveries:
             return "give_up"
+        self._go_back()
+        self.tries += 1
+        return "back"
+
+    def _go_back(self) -> None:
         self.behind = True
         self.sent = max(self.sent, self.cursor)
         self.epoch, self.cursor = self.position
-        self.tries += 1
         self.times += 1
-        return "back"
+
+    def start_again(self) -> None:
+        """The client asks once more for all that it has not acked."""
+        self._go_back()
+        self.tries = 0
+        self.due = None
 
     def postpone(self, now: float) -> None:
         """The due time has come, but the connection has a backlog: that is no fault of the reader's acks."""

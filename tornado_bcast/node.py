@@ -211,11 +211,12 @@ class Node:
     # Positions
 
     async def locate(self, topic: Topic, since: Position | None, last: int | None) -> tuple[int, bool]:
-        """Where a subscription to a persistent channel begins: after which seq, and whether it was there.
+        """Where a subscription begins: after which seq, and whether it was there; of others than persistent
+        channels that means nothing.
 
         False: the position is gone, and the start is before the oldest message that is left.
         """
-        if since is None and not last:
+        if not topic.rule.persistent or (since is None and not last):
             return topic.seq, True
         if since is not None and since.seq == topic.seq and topic.knows(since.epoch, since.seq):
             return since.seq, True

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from ..config import ChannelRule
 from ..delivery import Delivery
 from ..errors import CloseCode, Refusal, Unavailable
-from ..protocol import Ack, Subscribe, Unsubscribe, encode_ack, encode_error
+from ..protocol import Ack, Position, Subscribe, Unsubscribe, encode_ack, encode_error
 from ..session import Session, Subscription, decode_subscription
 from ..sink import Sink
 from ..topic import Subscriber, Topic
@@ -199,64 +199,59 @@ class Subscriptions:
 
     async def _subscribe(self, command: Subscribe) -> None:
         node, channel = self._context.node, command.channel
+        subscriptions = self._owner.session.subscriptions
         # Again, for it may have waited, and the token may be another one.
         rule = self._check(channel)
-        old = self._owner.session.subscriptions.get(channel)
-        if old is not None and not old.rule.persistent:
-            self._answer_subscribe(command, old.held.topic, None, False)
+        subscription = subscriptions.get(channel)
+        if subscription is None:
+            topic = await node.join(channel, rule)
+            subscription = Subscription(topic.rule, None)
+        elif subscription.delivery is None:
+            self._answer_subscribe(command, subscription.held.topic, None, False)
             return
-        topic = old.held.topic if old else await node.join(channel, rule)
+        else:
+            topic = subscription.held.topic
+        # What is attached goes on until the change is saved, and acks move it.
+        old = subscription.delivery
+        again = old if _starts_again(command, old) else None
+        asked = Position(*again.position) if again is not None else command.since
         try:
-            start, recovered = await node.locate(topic, command.since, command.last)
-            subscription = self._place(command, topic, old, start, recovered)
-            self._owner.session.subscriptions[channel] = subscription
+            start, recovered = await node.locate(topic, asked, command.last)
+            subscription.delivery = again or _place(command, topic, old, start, recovered)
+            subscriptions[channel] = subscription
             await self._save(channel)
         except BaseException:
+            subscription.delivery = old
             if old is None:
-                self._owner.session.subscriptions.pop(channel, None)
+                subscriptions.pop(channel, None)
                 node.leave(topic)
-            else:
-                self._owner.session.subscriptions[channel] = old
-                if self._owner.closed:
-                    self._let_go(old)
             raise
         if self._owner.closed:
-            # `on_close` has given back what was attached, and this was not.
+            # `close` has given back what was attached, and a new one is not.
             if old is None:
                 node.leave(topic)
-            else:
-                self._let_go(old)
             return
         # From here on in one turn of the loop, so without a gap or an overlap. What has gathered in this turn
         # goes out before: the old subscription stands where it has been written to.
         node.dispatch.flush(topic)
-        if command.since is None:
-            # Messages have come meanwhile, and the last ones are those before now.
-            start = min(topic.seq, max(start, topic.seq - (command.last or 0)))
-            subscription.delivery = self._place(command, topic, old, start, recovered).delivery
         if old is not None:
-            node.dispatch.detach(old.held)
+            node.dispatch.detach(subscription.held)
+        if again is not None:
+            # An ack, or a loss that was told, may have moved it meanwhile, to a place that is there.
+            recovered = recovered or asked != Position(*again.position)
+            if recovered:
+                again.start_again()
+            else:
+                again.lose(topic.epoch_of(start), start)
+        elif command.since is None:
+            # Messages have come meanwhile, and the last ones are those before now.
+            saved = subscription.encode()
+            start = min(topic.seq, max(start, topic.seq - (command.last or 0)))
+            subscription.delivery = _place(command, topic, old, start, recovered)
+            if subscription.encode() != saved:
+                self._note_position(channel)
         self._answer_subscribe(command, topic, subscription.delivery, recovered)
         subscription.held = self._attach(topic, subscription.delivery)
-
-    def _place(
-        self, command: Subscribe, topic: Topic, old: Subscription | None, start: int, recovered: bool
-    ) -> Subscription:
-        """A subscription that begins after `start`, or goes on where the old one stands."""
-        if not topic.rule.persistent:
-            return Subscription(topic.rule, None)
-        epoch = topic.epoch_of(start)
-        lost: tuple[str, int] | None = None
-        if _wants_place(command):
-            if command.since is not None and not recovered:
-                lost = command.since.epoch, command.since.seq
-        elif old is not None and old.delivery is not None:
-            if command.ack and old.acks:
-                epoch, start = old.delivery.position
-                lost = old.delivery.lost
-            elif old.delivery.behind:
-                epoch, start = old.delivery.epoch, old.delivery.cursor
-        return Subscription(topic.rule, Delivery(topic.rule, epoch, start, acks=command.ack, lost=lost))
 
     async def _unsubscribe(self, command: Unsubscribe) -> None:
         session, channel = self._owner.session, command.channel
@@ -340,3 +335,22 @@ def make_refusal(error: BaseException, *, message_id: str | None, channel: str |
 
 def _wants_place(command: Subscribe) -> bool:
     return command.since is not None or command.last is not None
+
+
+def _starts_again(command: Subscribe, old: Delivery | None) -> bool:
+    """Whether a second subscribe asks for what is not acked once more."""
+    return old is not None and old.acks and command.ack and not _wants_place(command)
+
+
+def _place(
+    command: Subscribe, topic: Topic, old: Delivery | None, start: int, recovered: bool
+) -> Delivery | None:
+    """A delivery that begins after `start`, or where the old one stands."""
+    if not topic.rule.persistent:
+        return None
+    if old is not None and old.behind and not _wants_place(command):
+        return Delivery(topic.rule, old.epoch, old.cursor, acks=command.ack, sent=old.sent, lost=old.lost)
+    lost = None
+    if command.since is not None and not recovered:
+        lost = command.since.epoch, command.since.seq
+    return Delivery(topic.rule, topic.epoch_of(start), start, acks=command.ack, lost=lost)
