@@ -656,10 +656,12 @@ class Peer:
             wanted = old.acked_epoch, old.acked
         else:
             # It stays at what was written last, or in a stretch that comes again; or that is gone.
-            there = new.number == old.number or (old.acks and old.acked <= seq < old.seq)
+            back = old.acks and old.acked <= seq < old.seq
+            there = back or new.number == old.number
             assert there or not self.store.continues(channel, old.epoch, old.seq)
             new.past = old.epoch, old.seq
-            if not there:
+            if not back:
+                # There is no number before the first message, so that a line of another epoch looks the same.
                 new.begin(old.epoch, old.seq)
             new.was_lost = old.was_lost
         if wanted is None:
@@ -694,9 +696,9 @@ class Peer:
             assert old.acks and seq <= old.acked
             assert new.number == new.number_of(old.acked_epoch, seq)
         elif old is not None and old.acks:
-            # What is stored may be older than what was acked; it is told again of a loss until it has acked.
+            # What is stored may be of before the last ack, or a loss: then that is told again.
             stored = decode_subscription(self.stored[channel])
-            assert stored is not None and (old.was_lost or stored.seq <= old.acked)
+            assert stored is not None
             trimmed = stored.seq + 1 < self.store.trimmed[channel]
             assert trimmed or not self.store.continues(channel, stored.epoch, stored.seq)
         new.was_lost = event["acks"] and not event["recovered"]
