@@ -827,6 +827,22 @@ def test_what_is_not_acked_comes_again(scene: Scene) -> None:
     assert answers(peer) == [(True, 0), (True, 2), (True, 2)]
 
 
+def test_a_second_subscribe_is_a_sign_of_life(scene: Scene) -> None:
+    """After a going back as well all comes at once, and the wait begins anew."""
+    peer = scene.peer(ack=True)
+    scene.publish(40)
+    scene.hear()
+    scene.loop.turn_on(7)
+    assert len(peer.data) == 40 + RETRY_WINDOW
+    peer.subscribe(CHANNEL, ack=True)
+    assert peer.data[-40:] == list(range(1, 41))
+    came = len(peer.data)
+    scene.loop.turn_on(4.5)
+    assert len(peer.data) == came
+    scene.loop.turn_on(2.5)
+    assert len(peer.data) == came + RETRY_WINDOW
+
+
 @pytest.mark.parametrize("ends", [False, True])
 def test_an_ack_while_a_second_subscribe_is_saved(scene: Scene, ends: bool) -> None:
     peer = scene.peer(ack=True)
