@@ -14,7 +14,7 @@ import pytest
 from broker_kit import until
 
 from tornado_bcast import acceptor as module
-from tornado_bcast.acceptor import BATCH, SLACK, Acceptor, listening_sockets
+from tornado_bcast.acceptor import BATCH, SEND_BUFFER, SLACK, Acceptor, listening_sockets
 from tornado_bcast.board import Board, State
 from tornado_bcast.errors import ConfigError
 from tornado_bcast.worker import Connections, CountedStream
@@ -346,12 +346,13 @@ def test_listening_on_both_families_with_one_port() -> None:
         sock.close()
 
 
-def test_accepted_sockets_send_without_delay() -> None:
+def test_accepted_sockets_send_without_delay_and_hold_little() -> None:
     (listener,) = listening_sockets("127.0.0.1", 0, {})
     with listener, socket.create_connection(listener.getsockname()):
         connection, _ = listener.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 2 * SEND_BUFFER
 
 
 @pytest.mark.parametrize(
