@@ -24,6 +24,7 @@ class Size:
     many: int
     batches: int
     idle: int
+    idle_seconds: int
     connections: int
     resumed: int
     settle_ms: int
@@ -38,6 +39,7 @@ FULL = Size(
     many=20_000,
     batches=100,
     idle=1000,
+    idle_seconds=3,
     connections=16_000,
     resumed=8000,
     settle_ms=300,
@@ -51,6 +53,7 @@ QUICK = Size(
     many=400,
     batches=3,
     idle=40,
+    idle_seconds=1,
     connections=80,
     resumed=40,
     settle_ms=100,
@@ -103,7 +106,12 @@ def jobs(size: Size) -> list[Job]:
         Job("daemon redis:", batch, {("window", "us_per_message"): "batch"}),
         Job("floor", {**large, **large_run}, {("paced", "us_per_delivery"): "large"}),
         Job("daemon memory:", {**large, **large_run}, {("paced", "us_per_delivery"): "large"}),
-        Job("daemon redis:", {"subs": str(size.idle), "idle": "1"}, {("idle", "percent"): "idle"}),
+        Job(
+            "daemon redis:",
+            # The work of coming is over by then.
+            {"subs": str(size.idle), "idle": str(size.idle_seconds), "settle": "4000"},
+            {("idle", "percent"): "idle"},
+        ),
         Job(
             "daemon memory:",
             {"subs": str(size.connections), "half": "1"},
