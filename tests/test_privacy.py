@@ -222,6 +222,8 @@ async def test_what_goes_wrong_inside(guarded: RedisServer, tmp_path: Path) -> N
     url = f"redis://:{PASSWORD}@127.0.0.1:{guarded.port}/0"
     with observed(tmp_path, url, BCAST_REDIS_PUBLISH_TIMEOUT="500ms") as daemon:
         daemon.expect("worker_died", "worker_pausing", "redis_down", "redis_refused", "reload_failed")
+        # Of the short secret, where that is read before the next configuration.
+        daemon.expect("configuration")
         good = token()
         async with Client(daemon.ws_url, f"/?token={good}") as client:
             with guarded.client(password=PASSWORD) as redis:
