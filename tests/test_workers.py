@@ -164,6 +164,8 @@ async def test_the_metrics_of_all_workers(redis_server: RedisServer) -> None:
 @asynchronous
 async def test_a_leaving_worker_accepts_while_nobody_else_does(redis_server: RedisServer) -> None:
     with Daemon("[server]\ndrain_seconds = 6s\n", workers=2, redis=redis_server.url) as daemon:
+        # Who is alone sends all away at once.
+        daemon.wait_for_log("worker_serving", 2)
         leaving, staying = daemon.workers()
         async with clients(daemon, workers=(0,) * 12) as several:
             daemon.signal(signal.SIGHUP)
