@@ -251,7 +251,9 @@ def measure_publish(micro: Micro) -> None:
 
                 async def work(kind: str = kind) -> None:
                     for _ in range(5):
-                        await asyncio.gather(*(broker.publish(publication(kind)) for _ in range(200)))
+                        answers = [broker.publish(publication(kind)) for _ in range(200)]
+                        for answer in answers:
+                            await answer
 
                 await micro.measure_async(f"publish: {kind}, through Redis", 1000, work)
         finally:

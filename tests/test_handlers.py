@@ -21,6 +21,7 @@ from tornado.iostream import IOStream
 from tornado.web import Application
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
+from tornado_bcast.answer import Answer
 from tornado_bcast.application import Inside
 from tornado_bcast.board import Board, State
 from tornado_bcast.brokers import BrokerHealth, Publication, Receipt
@@ -333,10 +334,10 @@ async def test_who_is_sent_away_has_its_answers_first(
 ) -> None:
     """What was published is answered before the goodbye; what comes after is for the next connection."""
     socket, idle = await connect(), await connect()
-    answers: list[asyncio.Future[Receipt]] = []
+    answers: list[Answer[Receipt]] = []
 
-    def publish(publication: Publication) -> "asyncio.Future[Receipt]":
-        answers.append(asyncio.get_running_loop().create_future())
+    def publish(publication: Publication) -> Answer[Receipt]:
+        answers.append(Answer())
         return answers[-1]
 
     monkeypatch.setattr(inside.node.broker, "publish", publish)
@@ -360,7 +361,7 @@ async def test_who_is_never_answered_is_sent_away_all_the_same(
     connect: Connect, http_client: AsyncHTTPClient, inside: Inside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     socket = await connect()
-    monkeypatch.setattr(inside.node.broker, "publish", lambda _: asyncio.get_running_loop().create_future())
+    monkeypatch.setattr(inside.node.broker, "publish", lambda _: Answer())
     frame = {"type": "broadcast", "channel": "a", "data": 1, "messageId": "first"}
     await socket.connection.write_message(json.dumps(frame))
     await asyncio.sleep(0.05)

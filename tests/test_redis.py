@@ -14,6 +14,7 @@ import pytest
 from broker_kit import Node, Proxy, Way, asynchronous, publication, until
 from redis_server import RedisServer, binaries
 
+from tornado_bcast.answer import Answer
 from tornado_bcast.brokers import Receipt
 from tornado_bcast.brokers.redis import RedisBroker, check_server
 from tornado_bcast.errors import ConfigError, Unavailable
@@ -56,10 +57,10 @@ async def up(url: str, **options: Any) -> AsyncIterator[Node]:
         yield node
 
 
-async def fate(future: asyncio.Future[Receipt]) -> Receipt | str:
+async def fate(answer: Answer[Receipt]) -> Receipt | str:
     """The receipt, or the reason why there is none."""
     try:
-        return await future
+        return await answer
     except Unavailable as error:
         assert 500 <= error.retry_after <= 1500
         return str(error)
@@ -86,7 +87,7 @@ class TestOutage:
     async def test_crashes_in_mid_publishing(self, make: Make) -> None:
         """What can be told apart is taken exactly once, in order; of the rest each one's fate is told."""
         server = make(*DURABLE).start()
-        futures: dict[str, list[asyncio.Future[Receipt]]] = {"kept": [], "once": [], "plain": []}
+        futures: dict[str, list[Answer[Receipt]]] = {"kept": [], "once": [], "plain": []}
         async with up(server.unix_url) as here, up(server.unix_url) as there:
             for channel in futures:
                 await there.broker.subscribe(channel)
@@ -245,7 +246,9 @@ class TestOutage:
             fates = [node.broker.publish(publication("a", big, str(step))) for step in range(100)]
             assert sum(not future.done() for future in fates) in (64, 65)
             # Given up by its caller: nothing happens to the others.
-            fates[0].cancel()
+            caller = asyncio.ensure_future(fate(fates[0]))
+            await asyncio.sleep(0)
+            caller.cancel()
             server.start()
             assert await fate(fates[1]) == Receipt()
         for future in fates[1:]:
@@ -258,7 +261,7 @@ class TestOutage:
         """Redis answers, and more comes than it is asked: what was put behind that would only expire."""
         monkeypatch.setattr("tornado_bcast.brokers.redis_pipeline.BATCH_COMMANDS", 1)
         async with up(server.url, publish_timeout=1) as node:
-            futures: list[asyncio.Future[Receipt]] = []
+            futures: list[Answer[Receipt]] = []
             while not futures or not futures[-1].done():
                 futures += [node.broker.publish(publication("a", len(futures))) for _ in range(40)]
                 await asyncio.sleep(0.001)

@@ -19,6 +19,7 @@ from itertools import count
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
+from tornado_bcast.answer import Answer
 from tornado_bcast.brokers import (
     BrokerHealth,
     BusMessage,
@@ -245,7 +246,7 @@ class StoreBroker:
     async def close(self) -> None:
         self.fail()
 
-    def publish(self, publication: Publication) -> asyncio.Future[Receipt]:
+    def publish(self, publication: Publication) -> Answer[Receipt]:
         raise NotImplementedError
 
     async def subscribe(self, channel: str) -> None:

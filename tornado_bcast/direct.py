@@ -53,7 +53,7 @@ def send_each(descriptors: "array[int]", slots: "array[int]", data: bytes) -> li
 
 fastest_send_each: SendEach
 try:
-    # The same in C (_direct.c), where it could be built.
-    from ._direct import send_each as fastest_send_each
+    # The same in C (_speedups.c), where it could be built.
+    from ._speedups import send_each as fastest_send_each
 except ImportError:
     fastest_send_each = send_each

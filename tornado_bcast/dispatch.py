@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from .brokers import BusMessage, History
 from .compression import Compressor
@@ -330,8 +330,12 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _batches(frames: list[bytes]) -> Iterator[list[bytes]]:
+def _batches(frames: list[bytes]) -> Iterable[list[bytes]]:
     """Runs of frames of at most _BATCH bytes, or of one that is larger."""
+    return (frames,) if len(frames) == 1 else _runs(frames)
+
+
+def _runs(frames: list[bytes]) -> Iterator[list[bytes]]:
     batch: list[bytes] = []
     size = 0
     for data in frames:

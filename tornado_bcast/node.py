@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 
+from .answer import Answer
 from .brokers import Broker, BusMessage, History, Publication, Receipt
 from .config import ChannelRule
 from .dispatch import TICK, Dispatch, spread
@@ -118,7 +119,7 @@ class Node:
         timestamp: int,
         *,
         given: bool,
-    ) -> "asyncio.Future[Receipt]":
+    ) -> Answer[Receipt]:
         """Hand a message to the broker. `given`: the id is the publisher's, so it may be sent twice."""
         persistent = rule.persistent and channel is not None
         return self._broker.publish(

@@ -25,7 +25,10 @@ MAX_EPOCH_LENGTH: Final = 32
 _MESSAGE_ID = re.compile(r"[\x20-\x7e]{1,128}")
 
 
-@dataclass(slots=True, frozen=True)
+# Not frozen, though nobody changes them: that would triple the cost of making one, and each frame is one.
+
+
+@dataclass(slots=True)
 class Position:
     """A place in a channel's history: after message `seq` of `epoch`."""
 
@@ -33,7 +36,7 @@ class Position:
     seq: int
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Subscribe:
     channel: str
     message_id: str | None = None
@@ -42,13 +45,13 @@ class Subscribe:
     last: int | None = None
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Unsubscribe:
     channel: str
     message_id: str | None = None
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Broadcast:
     """`channel` None: to every connection. `data` is any JSON value."""
 
@@ -57,19 +60,19 @@ class Broadcast:
     message_id: str | None = None
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Ack:
     channel: str
     seq: int
     epoch: str | None = None
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Pong:
     pass
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Auth:
     token: str
     message_id: str | None = None
@@ -262,11 +265,9 @@ def encode_redelivery(payload: bytes, count: int) -> bytes:
 
 def encode_ack(op: str, timestamp: int, **fields: Any) -> bytes:
     """The JSON of an `ack`. Fields that are None are left out."""
-    event: dict[str, Any] = {"type": "ack", "op": op}
-    for name, value in fields.items():
-        if value is not None:
-            event[name] = value
-    event["timestamp"] = timestamp
+    event = {"type": "ack", "op": op, **fields, "timestamp": timestamp}
+    if None in fields.values():
+        event = {name: value for name, value in event.items() if value is not None}
     return dump(event)
 
 

@@ -124,14 +124,14 @@ class Session:
     ) -> ChannelRule | None:
         """Let a command pass, with its channel's rule, or raise Refusal. Acks and pongs are free."""
         match command:
-            case Subscribe(channel=channel):
+            case Broadcast():
                 self.pay(limits, now)
-                return rules.check_subscribe(channel, self.who)
+                return rules.check_publish(command.channel, "ws", self.who)
+            case Subscribe():
+                self.pay(limits, now)
+                return rules.check_subscribe(command.channel, self.who)
             case Unsubscribe() | Auth():
                 self.pay(limits, now)
-            case Broadcast(channel=channel):
-                self.pay(limits, now)
-                return rules.check_publish(channel, "ws", self.who)
             case _:
                 pass
         return None

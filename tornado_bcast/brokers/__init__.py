@@ -5,13 +5,17 @@ it, and both pass the one test class in tests/test_brokers.py. A broker never se
 a worker's node calls it and hears from it through `BrokerEvents`.
 """
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from tornado_bcast.answer import Answer
+
 # What the last line of a bus message's header is followed by; see `encode_bus`.
 _NO_EPOCH = b"-"
+
+
+# Those that each message makes are not frozen, though nobody changes them: it would triple their cost.
 
 
 @dataclass(slots=True)
@@ -46,7 +50,7 @@ class Receipt:
     epoch: str | None = None
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class BusMessage:
     """A message on its way out, as it travels on the bus and lies in the stream.
 
@@ -183,8 +187,8 @@ class Broker(Protocol):
     async def close(self) -> None:
         """Give back every connection and task. What is still waiting fails with `Unavailable`."""
 
-    def publish(self, publication: Publication) -> asyncio.Future[Receipt]:
-        """Take one message. The future has the receipt, or `Unavailable`; order is the order of the calls."""
+    def publish(self, publication: Publication) -> Answer[Receipt]:
+        """Take one message. The answer is the receipt, or `Unavailable`; order is the order of the calls."""
 
     async def subscribe(self, channel: str) -> None:
         """Listen to a channel; returns when that is confirmed. Waits while the other side is away."""

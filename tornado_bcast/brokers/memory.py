@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import count
 
+from tornado_bcast.answer import Answer
 from tornado_bcast.brokers import (
     BrokerEvents,
     BrokerHealth,
@@ -136,13 +137,13 @@ class MemoryBroker:
         if self._timer is not None:
             self._timer.cancel()
 
-    def publish(self, publication: Publication) -> asyncio.Future[Receipt]:
-        future: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
+    def publish(self, publication: Publication) -> Answer[Receipt]:
+        answer: Answer[Receipt] = Answer()
         if self._events is None:
-            future.set_exception(Unavailable("the server is stopping"))
+            answer.set_exception(Unavailable("the server is stopping"))
         else:
-            future.set_result(self._take(publication))
-        return future
+            answer.set_result(self._take(publication))
+        return answer
 
     async def subscribe(self, channel: str) -> None:
         self._subscribed.add(channel)

@@ -9,6 +9,7 @@ Only these import redis.
 import asyncio
 from collections.abc import Callable
 
+from tornado_bcast.answer import Answer
 from tornado_bcast.brokers import (
     BrokerEvents,
     BrokerHealth,
@@ -99,7 +100,7 @@ class RedisBroker:
         for link in (self._publish_link, self._command_link, self._listen_link):
             await link.close()
 
-    def publish(self, publication: Publication) -> asyncio.Future[Receipt]:
+    def publish(self, publication: Publication) -> Answer[Receipt]:
         command: Command[Receipt]
         if publication.persistent or publication.dedup_ttl > 0:
             command = ScriptPublish(publication, self._names, self._tokens, self._retry_window)
@@ -167,20 +168,20 @@ class RedisBroker:
                 info_at = now + INFO_INTERVAL
                 self._commands.submit(Info()).add_done_callback(self._learn)
 
-    def _learn(self, answer: asyncio.Future[Server]) -> None:
+    def _learn(self, answer: Answer[Server]) -> None:
         """A server changes its role and its settings while we are connected."""
-        if answer.cancelled() or answer.exception() is not None:
+        if answer.exception() is not None:
             return
         server = answer.result()
         self._condition.judge(server)
         for link in (self._publish_link, self._command_link):
             link.server.replid = server.replid
 
-    def _writes_again(self, probe: asyncio.Future[None]) -> None:
-        if not probe.cancelled() and probe.exception() is None:
+    def _writes_again(self, probe: Answer[None]) -> None:
+        if probe.exception() is None:
             self._condition.refusal = None
 
-    def _send_row(self, data: bytes) -> asyncio.Future[Receipt]:
+    def _send_row(self, data: bytes) -> Answer[Receipt]:
         return self._publications.submit(PlainPublish(self._names.workers, data))
 
     def _greet(self) -> None:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from tornado_bcast.answer import Answer
 from tornado_bcast.errors import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -28,12 +29,10 @@ OUT_KEPT = 60
 class Canary:
     """One worker's canary.
 
-    `name` is no other broker's. `send` publishes to all workers; its future is done when Redis has it.
+    `name` is no other broker's. `send` publishes to all workers; its answer comes when Redis has it.
     """
 
-    def __init__(
-        self, name: str, send: Callable[[bytes], asyncio.Future[Any]], row: Callable[[], bytes]
-    ) -> None:
+    def __init__(self, name: str, send: Callable[[bytes], Answer[Any]], row: Callable[[], bytes]) -> None:
         self._name = name.encode()
         self._send = send
         self._row = row
@@ -64,7 +63,7 @@ class Canary:
         if len(self._out) > OUT_KEPT:
             del self._out[next(iter(self._out))]
         sent = self._send(b"%s %d\n%s" % (self._name, number, row))
-        sent.add_done_callback(lambda future: self._taken(number, future))
+        sent.add_done_callback(lambda answer: self._taken(number, answer))
 
     def hear(self, data: bytes) -> bytes:
         """Take in what a worker sent; the row in it. ValueError where there is none."""
@@ -115,8 +114,8 @@ class Canary:
     def close(self) -> None:
         self._end_probe(None)
 
-    def _taken(self, number: int, future: asyncio.Future[Any]) -> None:
-        if future.cancelled() or future.exception() is not None:
+    def _taken(self, number: int, answer: Answer[Any]) -> None:
+        if answer.exception() is not None:
             self._out.pop(number, None)
             if number == self._probe_number:
                 self._end_probe(None)

@@ -9,7 +9,7 @@ import logging
 import re
 from collections import deque
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from redis.exceptions import (
     AuthenticationError,
@@ -19,6 +19,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from tornado_bcast.answer import Answer
 from tornado_bcast.brokers.redis_link import LINK_ERRORS, Connection, Link, Server, pack, read_reply
 from tornado_bcast.errors import Unavailable, later
 
@@ -67,16 +68,16 @@ def error_code(error: Exception) -> str:
     return wrapped[1] if wrapped else "ERR"
 
 
-class Command(Generic[T]):
-    """One command that waits for its answer. Subclasses say what is sent and what the answer means."""
+class Command(Answer[T]):
+    """One command, and the answer to it. Subclasses say what is sent and what a reply means."""
 
-    __slots__ = ("deadline", "future", "repeatable", "size", "written")
+    __slots__ = ("deadline", "repeatable", "size", "written")
 
     # Whether a WAIT must follow before its answer counts.
     replicated = False
 
     def __init__(self, size: int = 0, repeatable: bool = True) -> None:
-        self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        super().__init__()
         self.size = size
         # Whether it may be sent again when it is not known if it was done.
         self.repeatable = repeatable
@@ -98,7 +99,7 @@ class Pipeline:
     """A FIFO of commands over one link, with one batch in flight at a time.
 
     Commands run in the order of `submit`, across reconnects too: those without an answer go back to the
-    front. Each one's future is done by its deadline, `timeout` seconds after `submit`. With `wait_replicas`
+    front. Each one is answered by its deadline, `timeout` seconds after `submit`. With `wait_replicas`
     the answers of a batch count when so many replicas have its writes.
     """
 
@@ -118,7 +119,7 @@ class Pipeline:
         self._max_bytes = max_bytes
         self._waiting: deque[Command[Any]] = deque()
         self._waiting_bytes = 0
-        # The last batch written, in order; of those with an answer the future is done.
+        # The last batch written, in order; some have their answer.
         self._batch: list[Command[Any]] = []
         self._wake = asyncio.Event()
         # When that was, while some of its answers are out.
@@ -132,13 +133,13 @@ class Pipeline:
         # Code of an error answer -> when it was last logged.
         self._complaints: dict[str, float] = {}
 
-    def submit(self, command: Command[T]) -> asyncio.Future[T]:
+    def submit(self, command: Command[T]) -> Answer[T]:
         loop = asyncio.get_running_loop()
         now = loop.time()
         if self._closed:
-            command.future.set_exception(Unavailable("the server is stopping", later()))
+            command.set_exception(Unavailable("the server is stopping", later()))
         elif self._is_full(now):
-            command.future.set_exception(Unavailable("too much is waiting for Redis", later()))
+            command.set_exception(Unavailable("too much is waiting for Redis", later()))
         else:
             command.deadline = now + self._timeout
             self._waiting.append(command)
@@ -146,7 +147,7 @@ class Pipeline:
             self._wake.set()
             if self._timer is None:
                 self._timer = loop.call_at(command.deadline, self._expire)
-        return command.future
+        return command
 
     def _is_full(self, now: float) -> bool:
         if len(self._waiting) >= self._max_commands or self._waiting_bytes >= self._max_bytes:
@@ -248,7 +249,7 @@ class Pipeline:
         while self._waiting and len(data) < BATCH_COMMANDS and size < BATCH_BYTES:
             command = self._waiting.popleft()
             self._waiting_bytes -= command.size
-            if not command.future.done():
+            if not command.done():
                 self._batch.append(command)
                 packed = command.pack(server)
                 command.written = True
@@ -259,7 +260,7 @@ class Pipeline:
     def _put_back(self) -> None:
         """What has no answer goes back to the front, in order, unless that could do it twice."""
         for command in reversed(self._batch):
-            if command.future.done():
+            if command.done():
                 continue
             if command.repeatable or not command.written:
                 command.written = False
@@ -276,12 +277,12 @@ class Pipeline:
         for command in self._batch:
             if command.deadline <= now:
                 self._fail(command, "Redis did not answer in time")
-        while self._waiting and (self._waiting[0].deadline <= now or self._waiting[0].future.done()):
+        while self._waiting and (self._waiting[0].deadline <= now or self._waiting[0].done()):
             command = self._waiting.popleft()
             self._waiting_bytes -= command.size
             self._fail(command, "Redis cannot be reached")
         # Deadlines rise along the batch and on through the queue.
-        ahead = [command.deadline for command in self._batch if not command.future.done()][:1]
+        ahead = [command.deadline for command in self._batch if not command.done()][:1]
         ahead += [command.deadline for command in islice(self._waiting, 1)]
         if self._sent_at is not None:
             if self._sent_at + self._timeout > now:
@@ -291,9 +292,9 @@ class Pipeline:
         self._timer = loop.call_at(min(ahead), self._expire) if ahead else None
 
     def _resolve(self, command: Command[Any], answer: Any, server: Server) -> None:
-        if not command.future.done():
+        if not command.done():
             try:
-                command.future.set_result(command.decode(answer, server))
+                command.set_result(command.decode(answer, server))
             except Exception as error:
                 self._refuse(command, error)
 
@@ -315,5 +316,5 @@ class Pipeline:
             logger.error("%s (%s %s)", reason, code, detail, extra={"event": "redis_refused"})
 
     def _fail(self, command: Command[Any], reason: str) -> None:
-        if not command.future.done():
-            command.future.set_exception(Unavailable(reason, later()))
+        if not command.done():
+            command.set_exception(Unavailable(reason, later()))

@@ -1,11 +1,11 @@
 """`POST /broadcast`: publishing over HTTP, one message, one to several channels, or a batch."""
 
-import asyncio
 from dataclasses import replace
 from typing import Any
 
 from tornado.web import stream_request_body
 
+from ..answer import Answer
 from ..brokers import Receipt
 from ..errors import HTTP_STATUS, Refusal, Unavailable
 from ..protocol import Broadcast, check_message_id, decode_item, encode_message, load_object
@@ -148,7 +148,7 @@ class BroadcastHandler(BaseHandler):
                 items.append(refusal)
         return items
 
-    def _publish(self, item: Broadcast) -> "tuple[Broadcast, str, asyncio.Future[Receipt]] | Refusal":
+    def _publish(self, item: Broadcast) -> "tuple[Broadcast, str, Answer[Receipt]] | Refusal":
         context = self.context
         timestamp = now_ms()
         message_id = item.message_id or new_id()
@@ -180,11 +180,9 @@ class BroadcastHandler(BaseHandler):
         globs = self._key.publish if self._key is not None else None
         return globs is None or may_publish(globs, channel)
 
-    async def _result(
-        self, item: Broadcast, message_id: str, future: "asyncio.Future[Receipt]"
-    ) -> dict[str, Any]:
+    async def _result(self, item: Broadcast, message_id: str, answer: Answer[Receipt]) -> dict[str, Any]:
         try:
-            receipt = await future
+            receipt = await answer
         except Unavailable as error:
             return _error(Refusal("unavailable", str(error), message_id=message_id, channel=item.channel))
         if not receipt.duplicate:

@@ -9,9 +9,11 @@ import asyncio
 import logging
 import time
 from functools import partial
+from typing import Any
 
 from tornado.iostream import SSLIOStream
 
+from ..answer import Answer
 from ..auth import LEEWAY
 from ..brokers import Receipt
 from ..config import ChannelRule
@@ -294,12 +296,12 @@ class Connection(Outgoing):
             if self.session.who.sub:
                 sender["sub"] = self.session.who.sub
         payload = encode_message(command.channel, command.data, message_id, timestamp, sender)
-        future = context.node.publish(
+        answer = context.node.publish(
             command.channel, rule, message_id, payload, timestamp, given=command.message_id is not None
         )
         self._unanswered += 1
-        future.add_done_callback(partial(self._broadcast_done, command.channel, message_id))
-        if future.done() and future.exception() is not None:
+        answer.add_done_callback(partial(self._broadcast_done, command.channel, message_id))
+        if answer.exception() is not None:
             # The broker's queue is full.
             self._hold()
 
@@ -308,29 +310,21 @@ class Connection(Outgoing):
         self._wire.hold()
         self._context.hold(self._wire.go_on)
 
-    def _broadcast_done(
-        self, channel: str | None, message_id: str, future: "asyncio.Future[Receipt]"
-    ) -> None:
+    def _broadcast_done(self, channel: str | None, message_id: str, answer: Answer[Receipt]) -> None:
         self._unanswered -= 1
-        if future.cancelled():
-            return
-        error = future.exception()
+        error = answer.exception()
         if error is None:
-            receipt = future.result()
+            receipt = answer.result()
             if not receipt.duplicate:
                 self._context.metrics.published["ws"] += 1
             if not self.closed and not self._wire.is_closing():
-                ack = encode_ack(
-                    "broadcast",
-                    now_ms(),
-                    messageId=message_id,
-                    channel=channel,
-                    seq=receipt.seq,
-                    epoch=receipt.epoch,
-                    duplicate=receipt.duplicate or None,
-                )
+                fields: dict[str, Any] = {"messageId": message_id, "channel": channel}
+                if receipt.seq is not None:
+                    fields.update(seq=receipt.seq, epoch=receipt.epoch)
+                if receipt.duplicate:
+                    fields["duplicate"] = True
                 # Many of one publisher's come together.
-                self.answer_soon(frame(ack))
+                self.answer_soon(frame(encode_ack("broadcast", now_ms(), **fields)))
         elif not self.closed:
             self.refuse_command(make_refusal(error, message_id=message_id, channel=channel))
         self._leave_if_done()
