@@ -11,7 +11,8 @@ from typing import Any, cast
 import pytest
 from broker_kit import asynchronous, publication, until
 
-from tornado_bcast.brokers import BrokerEvents, BusMessage, History
+from tornado_bcast.answer import Answer
+from tornado_bcast.brokers import BrokerEvents, BusMessage, History, Publication, Receipt
 from tornado_bcast.brokers.memory import MemoryBroker
 from tornado_bcast.config import ChannelRule, default_config
 from tornado_bcast.delivery import Delivery
@@ -40,9 +41,22 @@ class Bus(MemoryBroker):
         self.failures = 0
         # Which messages are not told.
         self.loses: Callable[[BusMessage], bool] = lambda message: False
+        # With `slow` what the node publishes is answered by the test, and told when it says so.
+        self.slow = False
+        self.unanswered: list[tuple[Answer[Receipt], Callable[[], None]]] = []
 
     async def start(self, events: BrokerEvents, row: Callable[[], bytes]) -> None:
         await super().start(cast(BrokerEvents, _Ear(self, events)), row)
+
+    def publish(self, publication: Publication) -> Answer[Receipt]:
+        if not self.slow:
+            return super().publish(publication)
+        answer: Answer[Receipt] = Answer()
+        self.unanswered.append((answer, lambda: self.tell(publication)))
+        return answer
+
+    def tell(self, publication: Publication) -> None:
+        super().publish(publication)
 
     async def subscribe(self, channel: str) -> None:
         self.calls.append(f"+{channel}")
@@ -137,7 +151,7 @@ class World:
 
     def publish(self, channel: str | None, *data: object, persistent: bool = False) -> None:
         for each in data:
-            self.bus.publish(publication(channel, each, persistent=persistent))
+            self.bus.tell(publication(channel, each, persistent=persistent))
 
     @property
     def interest(self) -> list[str]:
@@ -145,8 +159,9 @@ class World:
 
 
 @asynccontextmanager
-async def world() -> AsyncIterator[World]:
+async def world(*, slow: bool = False) -> AsyncIterator[World]:
     made = World()
+    made.bus.slow = slow
     await made.node.start(lambda: b"{}")
     try:
         yield made
@@ -265,6 +280,64 @@ async def test_what_one_turn_brings_goes_in_one_send() -> None:
         assert one.heard == two.heard == list(range(40)) and other.heard == ["x"]
         assert here.metrics.delivered == 81 and here.metrics.lag_count == 81
         assert here.metrics.bytes_out > 81 * 20
+
+
+def ask(here: World, channel: str, data: object) -> None:
+    """Publish by this node; the broker answers when it is told to."""
+    payload = json.dumps({"data": data}).encode()
+    here.node.publish(channel, PLAIN, f"id {data}", payload, 0, given=False)
+
+
+@asynchronous
+async def test_what_comes_waits_for_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tornado_bcast.dispatch.HOLD", 5.0)
+    async with world(slow=True) as here:
+        (ears, _), (other, _) = await here.subscribe("a"), await here.subscribe("b")
+        ask(here, "a", 1)
+        ask(here, "a", 2)
+        (first, tell_first), (second, tell_second) = here.bus.unanswered
+        tell_first()
+        here.publish("b", "x")
+        await until(lambda: other.heard)
+        assert not ears.heard, "only those of the same channel wait"
+        tell_second()
+        first.set_result(Receipt())
+        await asyncio.sleep(0)
+        second.set_result(Receipt())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert ears.sends == [("a", 2, "disconnect")] and ears.heard == [1, 2]
+
+
+@asynchronous
+async def test_and_does_not_wait_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tornado_bcast.dispatch.HOLD", 0.05)
+    async with world(slow=True) as here:
+        ears, _ = await here.subscribe("a")
+        for step in range(3):
+            ask(here, "a", step)
+            here.bus.unanswered[-1][1]()
+            # One is never answered, and that more come all the time prolongs nothing.
+            begun = asyncio.get_running_loop().time()
+            await until(lambda step=step: step in ears.heard)  # type: ignore[misc]
+            assert 0.04 < asyncio.get_running_loop().time() - begun < 1
+
+
+@asynchronous
+async def test_what_fails_on_its_way_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tornado_bcast.dispatch.HOLD", 5.0)
+    async with world(slow=True) as here:
+        ears, _ = await here.subscribe("a")
+        ask(here, "a", 1)
+        ask(here, "a", 2)
+        (first, tell), (second, _) = here.bus.unanswered
+        tell()
+        first.set_result(Receipt())
+        await asyncio.sleep(0)
+        second.set_exception(Unavailable("away"))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert ears.heard == [1]
 
 
 @asynchronous

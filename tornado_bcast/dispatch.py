@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 TICK = 0.25
 # Bytes of frames that go to the sockets in one call.
 _BATCH = 65536
+# Seconds for which a channel's messages wait at most for those that this worker has on the way to the broker.
+HOLD = 0.001
 
 
 class Dispatch:
@@ -47,8 +49,11 @@ class Dispatch:
         self._metrics = metrics
         self._reader = reader
         self._on_hole = on_hole
-        # Topics with frames of this turn of the loop, in order of their first.
+        # Topics with frames that have not left, in order of their first; and what is to flush them: the end
+        # of this turn of the loop, or of the patience with what is held.
         self._dirty: list[Topic] = []
+        self._is_flush_due = False
+        self._patience: asyncio.TimerHandle | None = None
         # Topics of which live subscribers have been sent something to ack since the last turn of the wheel.
         self._active: set[Topic] = set()
         self._wheel: Wheel[Subscriber] = Wheel(TICK)
@@ -69,12 +74,33 @@ class Dispatch:
     def gather(self, topic: Topic, message: BusMessage) -> None:
         if not topic.frames:
             topic.timestamp = message.timestamp
-            if not self._dirty:
-                asyncio.get_running_loop().call_soon(self._flush_all)
             self._dirty.append(topic)
+            self.flush_soon()
         topic.frames.append(frame(message.payload))
 
+    def flush_soon(self) -> None:
+        """Send at the end of this turn of the loop what has gathered.
+
+        Where this worker has more messages of a channel on the way to the broker, they come in a moment and
+        leave with it: one call for each subscriber, and what is on its way stays together the next time too.
+        """
+        if not self._is_flush_due:
+            self._is_flush_due = True
+            asyncio.get_running_loop().call_soon(self._flush_all)
+
     def _flush_all(self) -> None:
+        self._is_flush_due = False
+        dirty, self._dirty = self._dirty, []
+        for topic in dirty:
+            if not topic.coming:
+                self.flush(topic)
+            elif topic.frames:
+                self._dirty.append(topic)
+        if self._dirty and self._patience is None:
+            self._patience = asyncio.get_running_loop().call_later(HOLD, self._flush_held)
+
+    def _flush_held(self) -> None:
+        self._patience = None
         dirty, self._dirty = self._dirty, []
         for topic in dirty:
             self.flush(topic)

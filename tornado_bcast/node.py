@@ -8,6 +8,7 @@ this turn of the loop -> one `fan_out` for all its live subscribers (dispatch.py
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from .answer import Answer
 from .brokers import Broker, BusMessage, History, Publication, Receipt
@@ -122,7 +123,7 @@ class Node:
     ) -> Answer[Receipt]:
         """Hand a message to the broker. `given`: the id is the publisher's, so it may be sent twice."""
         persistent = rule.persistent and channel is not None
-        return self._broker.publish(
+        answer = self._broker.publish(
             Publication(
                 channel,
                 message_id,
@@ -134,6 +135,16 @@ class Node:
                 rule.history_ttl,
             )
         )
+        topic = self._everybody if channel is None else self._topics.get(channel)
+        if topic is not None and not answer.done():
+            topic.coming += 1
+            answer.add_done_callback(partial(self._came, topic))
+        return answer
+
+    def _came(self, topic: Topic, _: Answer[Receipt]) -> None:
+        topic.coming -= 1
+        if topic.frames and not topic.coming:
+            self.dispatch.flush_soon()
 
     # Hearing: BrokerEvents
 

@@ -28,6 +28,7 @@ class Topic:
         "ahead",
         "behind",
         "channel",
+        "coming",
         "edge",
         "ends",
         "epoch",
@@ -50,6 +51,8 @@ class Topic:
         self.users = 0
         # The broker's subscription, and of a persistent channel its head, on their way; None before.
         self.joining: asyncio.Task[None] | None = None
+        # Publishes of this worker that the broker has not answered yet.
+        self.coming = 0
         # Frames for the live subscribers, of this turn of the loop; and the first one's publishing time, ms.
         self.frames: list[bytes] = []
         self.timestamp = 0
