@@ -19,7 +19,7 @@ from tornado_bcast.delivery import Delivery
 from tornado_bcast.errors import Unavailable
 from tornado_bcast.hub import Hub
 from tornado_bcast.metrics import Metrics
-from tornado_bcast.node import Node
+from tornado_bcast.node import MANY, Node
 from tornado_bcast.protocol import Position
 from tornado_bcast.sink import Sink, SlowConsumer
 from tornado_bcast.topic import Subscriber, Topic
@@ -144,6 +144,11 @@ class World:
         )
         self.node.dispatch.attach(subscriber)
         return ears, subscriber
+
+    async def crowd(self, channel: str) -> None:
+        """So many subscriptions that messages are sent together."""
+        for _ in range(MANY):
+            await self.node.join(channel, PLAIN)
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
         self.node.dispatch.detach(subscriber)
@@ -292,6 +297,7 @@ def ask(here: World, channel: str, data: object) -> None:
 async def test_what_comes_waits_for_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tornado_bcast.dispatch.HOLD", 5.0)
     async with world(slow=True) as here:
+        await here.crowd("a")
         (ears, _), (other, _) = await here.subscribe("a"), await here.subscribe("b")
         ask(here, "a", 1)
         ask(here, "a", 2)
@@ -313,6 +319,7 @@ async def test_what_comes_waits_for_what_is_on_its_way(monkeypatch: pytest.Monke
 async def test_and_does_not_wait_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tornado_bcast.dispatch.HOLD", 0.05)
     async with world(slow=True) as here:
+        await here.crowd("a")
         ears, _ = await here.subscribe("a")
         for step in range(3):
             ask(here, "a", step)
@@ -327,6 +334,7 @@ async def test_and_does_not_wait_long(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_what_fails_on_its_way_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tornado_bcast.dispatch.HOLD", 5.0)
     async with world(slow=True) as here:
+        await here.crowd("a")
         ears, _ = await here.subscribe("a")
         ask(here, "a", 1)
         ask(here, "a", 2)
@@ -338,6 +346,16 @@ async def test_what_fails_on_its_way_is_not_waited_for(monkeypatch: pytest.Monke
         for _ in range(3):
             await asyncio.sleep(0)
         assert ears.heard == [1]
+
+
+@asynchronous
+async def test_where_few_listen_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tornado_bcast.dispatch.HOLD", 60.0)
+    async with world(slow=True) as here:
+        ears, _ = await here.subscribe("a")
+        ask(here, "a", 1)
+        here.bus.unanswered[0][1]()
+        await until(lambda: ears.heard == [1])
 
 
 @asynchronous

@@ -33,6 +33,8 @@ LINGER = 1.0
 HEAD_CHECK = 30.0
 # Heads that are asked for in one go.
 _HEADS = 256
+# With so many subscriptions a channel's messages are worth being sent together (Dispatch.flush_soon).
+MANY = 16
 # Seconds for which a list of all channels is given out again.
 LIST_AGE = 1.0
 
@@ -135,8 +137,8 @@ class Node:
                 rule.history_ttl,
             )
         )
-        topic = self._everybody if channel is None else self._topics.get(channel)
-        if topic is not None and not answer.done():
+        topic = None if channel is None else self._topics.get(channel)
+        if topic is not None and topic.users >= MANY and not answer.done():
             topic.coming += 1
             answer.add_done_callback(partial(self._came, topic))
         return answer

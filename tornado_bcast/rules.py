@@ -189,10 +189,9 @@ def take_tokens(full_at: float, now: float, rate: float, burst: int, count: int 
     """
     if rate <= 0:
         return full_at, 0.0
-    capacity = max(burst or rate, 1)
-    taken = max(full_at, now) + count / rate
-    wait = taken - now - capacity / rate
-    # A request for more than a whole bucket is let through when the bucket is full, or it never would be.
-    if wait <= 1e-9 or full_at <= now:
-        return taken, 0.0
-    return full_at, wait
+    if full_at <= now:
+        # It is full: also a request for more than a whole bucket is let through, or it never would be.
+        return now + count / rate, 0.0
+    taken = full_at + count / rate
+    wait = taken - now - max(burst or rate, 1) / rate
+    return (taken, 0.0) if wait <= 1e-9 else (full_at, wait)
