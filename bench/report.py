@@ -111,7 +111,7 @@ def _machine() -> list[str]:
     lines = [
         f"{model}, {os.cpu_count()} cores, {memory:.0f} GB, Linux {platform.release()}; load over the last"
         f" 15 minutes {load:.1f} (what else runs makes every figure worse, the floor's too)",
-        f"Python {platform.python_version()}, "
+        f"Python {sys.version.partition(' [')[0]}, "
         + ", ".join(f"{name} {_version(name)}" for name in ("tornado", "hiredis", "redis", "ujson")),
     ]
     binary = redis_binary()

@@ -122,9 +122,10 @@ class RedisBroker:
         heads: dict[str, History] = {}
         for start in range(0, len(channels), CHUNK):
             piece = channels[start : start + CHUNK]
-            commands = [Read(channel, 0, 0, self._names, self._tokens) for channel in piece]
-            answers = await asyncio.gather(*map(self._commands.submit, commands))
-            heads.update(zip(piece, answers, strict=True))
+            answers = [
+                self._commands.submit(Read(channel, 0, 0, self._names, self._tokens)) for channel in piece
+            ]
+            heads.update({channel: await answer for channel, answer in zip(piece, answers, strict=True)})
         return heads
 
     async def channels(self) -> list[str]:
