@@ -87,7 +87,7 @@ def test_what_the_image_says_of_itself(settings: dict[str, Any]) -> None:
 def test_what_is_in_the_image_and_what_is_not(root: Path) -> None:
     """The loop in C; neither what only the build needs, nor anything of this machine."""
     (package,) = root.glob("opt/tornado-bcast/lib/python3*/site-packages/tornado_bcast")
-    assert len(list(package.glob("_direct*.so"))) == 1
+    assert len(list(package.glob("_speedups*.so"))) == 1
     assert not (root / "src").exists() and not list(root.glob("usr/bin/*gcc*"))
     assert not list(root.glob("usr/bin/*pip*")) and not list(root.glob("usr/lib/python3*/ensurepip"))
     assert not list(root.glob("var/lib/apt/lists/*")) and not list(root.glob("var/cache/**/*.deb"))
