@@ -43,7 +43,10 @@ _GOODBYE = client_frame(b"\x03\xe8", 8)
 _TYPES = {"message", "ack", "error", "ping"}
 _STATUSES = {200, 204, 304, 400, 401, 403, 404, 405, 413, 426, 429, 503}
 # What no answer may have in it.
-_INSIDE = re.compile(rb"Traceback|tornado/|tornado_bcast/|\.py\b|redis-py|hiredis|PyJWT|TornadoServer", re.I)
+# A module's name has four letters at least here, for a pong may have any bytes of its ping.
+_INSIDE = re.compile(
+    rb"Traceback|tornado/|tornado_bcast/|[a-z_]{4}\.py\b|redis-py|hiredis|PyJWT|TornadoServer", re.I
+)
 
 
 class Found(Exception):
