@@ -9,6 +9,7 @@ from client import client_frame
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tornado_bcast import frames
 from tornado_bcast.frames import (
     BINARY,
     CLOSE,
@@ -22,6 +23,14 @@ from tornado_bcast.frames import (
 )
 
 LIMIT = 70_000
+
+
+@pytest.fixture(autouse=True, scope="module", params=[frames.fastest_take_whole, frames.take_whole])
+def reader(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test with the part in C, where it was built, and with the stand-in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frames, "fastest_take_whole", request.param)
+        yield
 
 
 def read(*pieces: bytes, limit: int = LIMIT) -> list[tuple[int, bytes]]:

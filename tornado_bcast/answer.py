@@ -24,7 +24,8 @@ class Answer(Generic[T]):
 
     def __init__(self) -> None:
         self._done = False
-        self._result: T | None = None
+        # There once it is given.
+        self._result: T
         self._error: Exception | None = None
         self._callbacks: tuple[Callable[[Any], None], ...] = ()
 
@@ -39,7 +40,7 @@ class Answer(Generic[T]):
         """The result of one that is done. Raises its error."""
         if self._error is not None:
             raise self._error
-        return self._result  # type: ignore[return-value]
+        return self._result
 
     def set_result(self, result: T) -> None:
         self._result = result
