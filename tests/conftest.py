@@ -9,6 +9,8 @@ from hypothesis import settings
 from redis_server import RedisServer, binaries
 from tornado.ioloop import IOLoop
 
+from tornado_bcast.eventloop import WorkerLoop
+
 # Whose warnings and errors fail a test that did not announce them.
 _LOGGERS = ("tornado_bcast", "tornado", "asyncio")
 
@@ -64,8 +66,9 @@ def quiet(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def io_loop() -> Iterator[IOLoop]:
     """pytest-tornado's own calls what Tornado has deprecated."""
-    loop = IOLoop(make_current=False)
-    asyncio.set_event_loop(loop.asyncio_loop)  # type: ignore[attr-defined]
+    turning = WorkerLoop()
+    loop = IOLoop(make_current=False, asyncio_loop=turning)
+    asyncio.set_event_loop(turning)
     yield loop
     asyncio.set_event_loop(None)
     loop.close(all_fds=True)

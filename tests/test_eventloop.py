@@ -4,13 +4,13 @@ import asyncio
 import socket
 import time
 
-from tornado_bcast.eventloop import EVENTS_A_TURN, BoundedSelector, LagMeter, new_event_loop, until_tick
+from tornado_bcast.eventloop import EVENTS_A_TURN, LagMeter, TurnSelector, WorkerLoop, until_tick
 
 
 def test_a_turn_serves_so_many_and_the_next_ones_the_rest() -> None:
     count = 3 * EVENTS_A_TURN + 5
     pairs = [socket.socketpair() for _ in range(count)]
-    selector = BoundedSelector()
+    selector = TurnSelector()
     try:
         for number, (near, far) in enumerate(pairs):
             selector.register(near, 1, number)
@@ -31,7 +31,7 @@ def test_a_turn_serves_so_many_and_the_next_ones_the_rest() -> None:
 
 def test_both_directions_and_no_file_at_all() -> None:
     near, far = socket.socketpair()
-    selector = BoundedSelector()
+    selector = TurnSelector()
     with near, far:
         assert selector.select(0.01) == []
         selector.register(near, 3)
@@ -57,7 +57,7 @@ def test_regular_turns_come_together() -> None:
         await asyncio.sleep(until_tick(0.5))
         return set(await asyncio.gather(turn(0), turn(0.01), turn(0.02)))
 
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=WorkerLoop) as runner:
         assert len(runner.run(run())) == 1
 
 
@@ -87,7 +87,7 @@ def test_lag_is_how_long_a_socket_waits_for_its_turn() -> None:
         return max(lags)
 
     try:
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        with asyncio.Runner(loop_factory=WorkerLoop) as runner:
             assert runner.run(run(len(pairs))) > 3 * turn
             assert runner.run(run(0)) >= 0
     finally:

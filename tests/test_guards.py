@@ -52,7 +52,8 @@ brokers.redis_bridge brokers.redis_canary brokers.redis_sessions
 brokers.redis_commands
 brokers.redis_pipeline
 brokers.redis_link brokers.memory brokers.embedded
-brokers hub acceptor client forks eventloop
+brokers.redis_wire
+brokers hub acceptor client forks
 publishing
 sink delivery protocol metrics heartbeat board
 stream
@@ -63,7 +64,7 @@ reading cores
 settings ini keys
 addresses
 systemd
-values errors logs direct capacity tasks answer
+values errors logs direct capacity tasks answer eventloop
 __init__
 """
 

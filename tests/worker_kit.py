@@ -35,6 +35,7 @@ from tornado_bcast.brokers.memory import MemorySessions
 from tornado_bcast.config import ChannelRule, ChannelsConfig, default_config
 from tornado_bcast.dispatch import TICK
 from tornado_bcast.errors import CloseCode, Refusal, Unavailable
+from tornado_bcast.eventloop import WorkerLoop
 from tornado_bcast.frames import frame
 from tornado_bcast.handlers.subscriptions import Restored, Subscriptions
 from tornado_bcast.hub import Hub
@@ -59,7 +60,7 @@ def make_rule(*, persistent: bool = True, **fields: Any) -> ChannelRule:
     return replace(default_config().channels.default, persistent=persistent, **fields)
 
 
-class Clockwork(asyncio.SelectorEventLoop):
+class Clockwork(WorkerLoop):
     """A loop on which time stands still unless it is turned on, and nothing goes wrong in silence."""
 
     def __init__(self) -> None:

@@ -16,6 +16,7 @@ from .brokers import BusMessage, History
 from .compression import Compressor
 from .delivery import Delivery
 from .errors import Unavailable
+from .eventloop import at_turn_end
 from .frames import frame
 from .hub import Hub
 from .metrics import Metrics
@@ -86,7 +87,7 @@ class Dispatch:
         """
         if not self._is_flush_due:
             self._is_flush_due = True
-            asyncio.get_running_loop().call_soon(self._flush_all)
+            at_turn_end(self._flush_all)
 
     def _flush_all(self) -> None:
         self._is_flush_due = False

@@ -1,8 +1,12 @@
-"""The event loop of a worker: asyncio's own, but no turn of it is longer than so many events.
+"""The event loop of a worker: asyncio's own, with bounded turns, an end of each turn, and its pulse.
 
 asyncio takes all sockets that are ready in one turn, and what they bring is done before anything else gets
 its turn again. When thousands of clients leave or come back at once that is seconds, in which no message is
 delivered. epoll hands out what is ready in a circle, so that a bound on each turn is fair to all sockets.
+
+A message is through in one turn: the socket that brings it is read straight from here, and what it has made
+ready to leave does so before the loop sleeps again. By asyncio alone it takes four, each of them code that
+is in no cache when messages are few (docs/PERFORMANCE.md).
 """
 
 import asyncio
@@ -10,34 +14,107 @@ import os
 import select
 import selectors
 from collections.abc import Callable
+from typing import Protocol
 
 # Sockets that one turn serves: some milliseconds of work where each of them is a new connection.
 EVENTS_A_TURN = 64
+# Seconds between two beats of the pulse at most, while the loop turns or waits.
+PULSE_SECONDS = 0.1
 
 
-class BoundedSelector(selectors.EpollSelector):
-    """An EpollSelector that reports at most EVENTS_A_TURN of the files that are ready."""
+class Reader(Protocol):
+    """Who reads what comes at a descriptor that the loop watches."""
 
-    def __init__(self) -> None:
+    def on_readable(self) -> None:
+        """Something has come, and nothing else is the matter."""
+
+
+def _no_pulse() -> None:
+    """Nobody wants to know."""
+
+
+class TurnSelector(selectors.EpollSelector):
+    """An EpollSelector that ends the turns of its loop, and bounds the next one.
+
+    Where the loop asks it to wait, a turn is over: what was asked for by `at_end` is done then, and so it is
+    after the sockets that have a reader of their own in `readers`. Of the others that are ready it reports
+    at most EVENTS_A_TURN. `failed` takes what readers and ends raise.
+    """
+
+    def __init__(self, pulse: Callable[[], None] = _no_pulse) -> None:
         super().__init__()
         # The same epoll instance, by a descriptor of our own: the public way to it.
         self._bounded = select.epoll.fromfd(os.dup(self.fileno()))
+        self._pulse = pulse
+        # By descriptor. It is told instead of the loop; of all else that happens there the loop is.
+        self.readers: dict[int, Reader] = {}
+        # Called once, in this order, at the end of the turn.
+        self.at_end: list[Callable[[], object]] = []
+        self.failed: Callable[[Exception], None]
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        wait = -1.0 if timeout is None else max(timeout, 0.0)
-        keys = self.get_map()
+        wait = PULSE_SECONDS if timeout is None else min(max(timeout, 0.0), PULSE_SECONDS)
+        if self.at_end:
+            self._end_turn()
+            # What has ended may have left something to do.
+            wait = 0.0
+        came = self._bounded.poll(wait, EVENTS_A_TURN)
+        self._pulse()
         ready: list[tuple[selectors.SelectorKey, int]] = []
-        for fd, events in self._bounded.poll(wait, EVENTS_A_TURN):
-            if (key := keys.get(fd)) is not None:
+        for fd, events in came:
+            if events == select.EPOLLIN and (reader := self.readers.get(fd)) is not None:
+                self._call(reader.on_readable)
+            elif (key := self.get_map().get(fd)) is not None:
                 mask = selectors.EVENT_READ if events & ~select.EPOLLOUT else 0
                 if events & ~select.EPOLLIN:
                     mask |= selectors.EVENT_WRITE
                 ready.append((key, mask & key.events))
+        if self.at_end and not ready:
+            self._end_turn()
         return ready
+
+    def _end_turn(self) -> None:
+        # What is done here may ask for another end, which belongs to this turn.
+        while self.at_end:
+            ending, self.at_end = self.at_end, []
+            for callback in ending:
+                self._call(callback)
+
+    def _call(self, callback: Callable[[], object]) -> None:
+        try:
+            callback()
+        except Exception as error:
+            self.failed(error)
 
     def close(self) -> None:
         self._bounded.close()
         super().close()
+
+
+class WorkerLoop(asyncio.SelectorEventLoop):
+    """See the module. `pulse` is called in each turn, and every PULSE_SECONDS while the loop waits."""
+
+    def __init__(self, pulse: Callable[[], None] = _no_pulse) -> None:
+        self.turns = TurnSelector(pulse)
+        super().__init__(self.turns)
+        self.turns.failed = self._report
+
+    @property
+    def readers(self) -> dict[int, Reader]:
+        """Who reads at a descriptor past the loop, which watches it. None may stay when it is closed."""
+        return self.turns.readers
+
+    def _report(self, error: Exception) -> None:
+        self.call_exception_handler({"message": "an error in a turn of the loop", "exception": error})
+
+
+def at_turn_end(callback: Callable[[], object]) -> None:
+    """Call once, when everything else in this turn of the running loop is done."""
+    loop = asyncio.get_running_loop()
+    if isinstance(loop, WorkerLoop):
+        loop.turns.at_end.append(callback)
+    else:
+        loop.call_soon(callback)
 
 
 class LagMeter:
@@ -86,8 +163,3 @@ def until_tick(seconds: float) -> float:
     Whoever has a regular turn waits for that, so that all come at once and an idle worker sleeps more.
     """
     return seconds - asyncio.get_running_loop().time() % seconds
-
-
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """For `asyncio.Runner`."""
-    return asyncio.SelectorEventLoop(BoundedSelector())

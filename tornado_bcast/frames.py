@@ -93,7 +93,7 @@ class FrameParser:
     be compressed; they are unpacked when they are whole, so that nothing is kept for it in between.
     """
 
-    __slots__ = ("_buffer", "_first", "_fragments", "_inflate", "_max_message", "_unmask")
+    __slots__ = ("_buffer", "_first", "_fragments", "_inflate", "_max_message", "_unmask", "missing")
 
     def __init__(self, max_message: int, unmask: Unmask = unmask, inflate: Inflate | None = None) -> None:
         # Bytes; a longer message is a violation with code 1009.
@@ -103,6 +103,8 @@ class FrameParser:
         # None: compression was not agreed on.
         self._inflate = inflate
         self._buffer = b""
+        # How many bytes a frame that has begun lacks, as far as is known. To be asked when `feed` is through.
+        self.missing = 0
         # The fragments so far of an unfinished message; None between messages.
         self._fragments: bytearray | None = None
         # Opcode of that message, and whether it is compressed; 0 between messages.
@@ -113,6 +115,7 @@ class FrameParser:
         buffer = self._buffer + data if self._buffer else data
         # Until the caller has taken everything, a further feed would lose what is left: callers drain.
         self._buffer = b""
+        self.missing = 0
         position = 0
         end = len(buffer)
         while end - position >= 2:
@@ -157,6 +160,7 @@ class FrameParser:
             start += 4
             stop = start + length
             if stop > end:
+                self.missing = stop - end
                 break
             payload = self._unmask(buffer[start - 4 : start], buffer[start:stop]) if length else b""
             position = stop

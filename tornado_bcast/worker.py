@@ -41,14 +41,13 @@ from .acceptor import Acceptor
 from .board import Board, State
 from .capacity import most_connections
 from .config import Config
-from .eventloop import new_event_loop, until_tick
+from .eventloop import WorkerLoop
 from .farewell import pace
 from .reload import take_over
 from .stream import ClientStream
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 0.1
 # How long one that has not started yet may take to leave.
 STOP_SECONDS = 3.0
 # Within how many seconds a client is back that has another worker to go to.
@@ -92,7 +91,7 @@ def serve(
     make_application: MakeApplication,
 ) -> int:
     """Run worker `index` until it is told to leave; 0. To be called in a forked process (daemon.py)."""
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=lambda: WorkerLoop(board.beat)) as runner:
         return runner.run(Worker(config, sockets, board, index, make_application).run())
 
 
@@ -185,7 +184,6 @@ class Worker:
         leave = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leave.set)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.take_over)
-        self._beat()
         starting = asyncio.ensure_future(self.start())
         told = asyncio.ensure_future(leave.wait())
         await asyncio.wait({starting, told}, return_when=asyncio.FIRST_COMPLETED)
@@ -286,10 +284,6 @@ class Worker:
             if loop.time() - begun > REQUEST_SECONDS:
                 self.connections.close_idle()
             await asyncio.sleep(_POLL_SECONDS)
-
-    def _beat(self) -> None:
-        self.board.beat()
-        asyncio.get_running_loop().call_later(until_tick(HEARTBEAT_SECONDS), self._beat)
 
     def _serve_connection(self, connection: socket.socket, address: Any) -> None:
         assert self._server is not None

@@ -26,6 +26,7 @@ from tornado_bcast.brokers import (
     StoredSession,
 )
 from tornado_bcast.errors import Unavailable
+from tornado_bcast.eventloop import at_turn_end
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +229,7 @@ class MemoryBroker:
     def _tell(self, channel: str | None, message: BusMessage) -> None:
         if channel is None or channel in self._subscribed:
             if not self._bus:
-                asyncio.get_running_loop().call_soon(self._deliver)
+                at_turn_end(self._deliver)
             self._bus.append((channel, message))
 
     def _deliver(self) -> None:

@@ -13,8 +13,10 @@ from redis.exceptions import ConnectionError
 
 from tornado_bcast.brokers import BrokerEvents, decode_bus
 from tornado_bcast.brokers.redis_commands import CHUNK, Names
-from tornado_bcast.brokers.redis_link import LINK_ERRORS, Connection, Link, pack, read_reply
+from tornado_bcast.brokers.redis_link import LINK_ERRORS, Link
+from tornado_bcast.brokers.redis_wire import RedisWire, pack
 from tornado_bcast.errors import Unavailable
+from tornado_bcast.eventloop import at_turn_end
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +56,10 @@ class Bridge:
         self._gaps: list[str] = []
         # Those whose interest has changed since the last write.
         self._changed: set[bytes] = set()
-        self._wake = asyncio.Event()
         self._waiters: dict[bytes, list[asyncio.Future[None]]] = {}
-        # Ends the reading of the present connection from outside.
-        self._patience: asyncio.Timeout | None = None
+        # The present connection, and what is done with the reason when it is of no more use.
+        self._wire: RedisWire | None = None
+        self._ended: asyncio.Future[None] = self._loop.create_future()
         # Since when the present connection stands, with everything confirmed that every worker hears.
         self.ready_since: float | None = None
         # Messages of any kind that came; a sign of life.
@@ -91,9 +93,9 @@ class Bridge:
     async def run(self) -> None:
         """Drive the link until cancelled."""
         while True:
-            connection = await self._link.connect()
+            wire = await self._link.connect()
             try:
-                await self._listen(connection)
+                await self._listen(wire)
             except LINK_ERRORS as error:
                 await self._link.drop(error)
             except Exception as error:
@@ -102,56 +104,54 @@ class Bridge:
 
     def replace(self) -> None:
         """Give up the present connection: it is open, but nothing comes out of it."""
-        if self._patience is not None and not self._patience.expired():
-            self._patience.reschedule(self._loop.time())
+        if self._wire is not None:
+            self._end(ConnectionError("The pub/sub connection is open, but deaf."))
+
+    def _end(self, error: Exception) -> None:
+        if not self._ended.done():
+            self._ended.set_exception(error)
 
     def close(self) -> None:
         """Fail who still waits; `run` has been cancelled before."""
         for name in list(self._waiters):
             self._release(name, Unavailable("the server is stopping"))
 
-    async def _listen(self, connection: Connection) -> None:
+    async def _listen(self, wire: RedisWire) -> None:
+        self._wire = wire
+        self._ended = self._loop.create_future()
         self._changed = set(self._wanted)
-        self._wake.set()
-        writer = asyncio.create_task(self._write(connection))
+        self._write()
         try:
-            async with asyncio.timeout(None) as self._patience:
-                while True:
-                    self._hear(await read_reply(connection))
-        except TimeoutError:
-            raise ConnectionError("The pub/sub connection is open, but deaf.") from None
+            wire.drive(self._hear, self._end)
+            await self._ended
         finally:
-            self._patience = None
+            self._wire = None
             self.ready_since = None
             self._sent.clear()
             self._unanswered.clear()
             self._interrupted.update(self._confirmed)
             self._confirmed.clear()
-            writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
 
-    async def _write(self, connection: Connection) -> None:
+    def _write(self) -> None:
         """Send the changes of interest, all of one turn of the loop at once."""
-        try:
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                changed, self._changed = self._changed, set()
-                added = [name for name in changed if name in self._wanted and name not in self._sent]
-                removed = [name for name in changed if name not in self._wanted and name in self._sent]
-                self._sent.update(added)
-                self._sent.difference_update(removed)
-                for name in (*added, *removed):
-                    self._unanswered[name] = self._unanswered.get(name, 0) + 1
-                commands = [pack((b"SUBSCRIBE", *chunk)) for chunk in chunks(added)]
-                commands += [pack((b"UNSUBSCRIBE", *chunk)) for chunk in chunks(removed)]
-                if commands:
-                    await connection.send_packed_command(commands)
-        except Exception:
-            # The reader says why.
-            self.replace()
+        if self._wire is None:
+            # The next one begins with all that is wanted.
+            return
+        changed, self._changed = self._changed, set()
+        added = [name for name in changed if name in self._wanted and name not in self._sent]
+        removed = [name for name in changed if name not in self._wanted and name in self._sent]
+        self._sent.update(added)
+        self._sent.difference_update(removed)
+        for name in (*added, *removed):
+            self._unanswered[name] = self._unanswered.get(name, 0) + 1
+        commands = [pack((b"SUBSCRIBE", *chunk)) for chunk in chunks(added)]
+        commands += [pack((b"UNSUBSCRIBE", *chunk)) for chunk in chunks(removed)]
+        if commands:
+            self._wire.send(commands)
 
     def _hear(self, answer: Any) -> None:
+        if isinstance(answer, Exception):
+            raise answer
         kind, name, data = answer
         if kind == b"message":
             self.heard += 1
@@ -221,8 +221,9 @@ class Bridge:
             logger.exception("A gap could not be handed on", extra={"event": "gap_failed"})
 
     def _change(self, name: bytes) -> None:
+        if not self._changed:
+            at_turn_end(self._write)
         self._changed.add(name)
-        self._wake.set()
 
     def _release(self, name: bytes, error: Exception | None) -> None:
         for waiter in self._waiters.pop(name, ()):

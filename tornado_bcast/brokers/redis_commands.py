@@ -11,8 +11,9 @@ from itertools import count
 from typing import Any
 
 from tornado_bcast.brokers import History, Publication, Receipt, decode_bus
-from tornado_bcast.brokers.redis_link import Connection, Server, ask, pack, read_info
+from tornado_bcast.brokers.redis_link import Server, read_info
 from tornado_bcast.brokers.redis_pipeline import Command
+from tornado_bcast.brokers.redis_wire import RedisWire, pack
 
 # Milliseconds for which the state of a persistent channel outlives its last publish or head check: far
 # longer than stream, sessions and dedup keys.
@@ -42,9 +43,9 @@ RESUME = Script("resume.lua")
 SAVE = Script("save.lua")
 
 
-async def load_scripts(connection: Connection) -> None:
+async def load_scripts(wire: RedisWire) -> None:
     for script in (PUBLISH, READ, RESUME, SAVE):
-        await ask(connection, "SCRIPT", "LOAD", script.text)
+        await wire.ask("SCRIPT", "LOAD", script.text)
 
 
 class Names:

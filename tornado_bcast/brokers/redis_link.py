@@ -10,13 +10,11 @@ import logging
 import random
 import re
 import ssl
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import redis.exceptions
-from hiredis import pack_command
-from redis._parsers.hiredis import NOT_ENOUGH_DATA
 from redis.asyncio.connection import AbstractConnection, SSLConnection, parse_url
 from redis.asyncio.connection import Connection as TcpConnection
 from redis.exceptions import (
@@ -28,6 +26,7 @@ from redis.exceptions import (
 )
 
 from tornado_bcast.addresses import mask_url
+from tornado_bcast.brokers.redis_wire import RedisWire
 from tornado_bcast.errors import BcastError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -39,34 +38,12 @@ OLDEST_VERSION = (6, 2)
 # What goes wrong on the way to or from Redis, short of an answer that says what is wrong.
 LINK_ERRORS = (RedisError, OSError, TimeoutError, BcastError)
 
-_Pack = Callable[[tuple[str | bytes | int | float, ...]], bytes]
-pack: _Pack = cast(_Pack, pack_command)
-
 
 class Connection(Protocol):
     """What is used of redis-py's asyncio connections."""
 
     async def connect(self) -> None: ...
     async def disconnect(self, nowait: bool = False) -> None: ...
-    async def send_packed_command(self, command: Iterable[bytes], check_health: bool = True) -> None: ...
-    async def can_read(self) -> bool: ...
-
-
-async def read_reply(connection: Any) -> Any:
-    """The next reply of Redis, in the time it takes to parse it. Raises what Redis answers as an error.
-
-    redis-py's own `read_response` goes through four more calls for each, which was a tenth of what a message
-    with one subscriber costs (docs/PERFORMANCE.md). The parser is what its connection reads by as well.
-    """
-    parser = connection._parser
-    reader = parser._reader
-    reply = reader.gets()
-    while reply is NOT_ENOUGH_DATA:
-        await parser.read_from_socket()
-        reply = reader.gets()
-    if isinstance(reply, Exception):
-        raise reply
-    return reply
 
 
 class Unusable(BcastError):
@@ -234,7 +211,7 @@ class Condition:
         self._replica = server.replica
 
 
-Prepare = Callable[[Connection], Awaitable[None]]
+Prepare = Callable[[RedisWire], Awaitable[None]]
 
 
 class Link:
@@ -261,12 +238,11 @@ class Link:
         # Failures since the last success: the exponent of the backoff.
         self._failures = 0
         self._connection: Connection | None = None
-        # Its transport. redis-py closes in good order only, and that does not end while the other side takes
-        # nothing (or says nothing, with TLS): the socket and all that was written would stay, to be sent
-        # some day. So it is aborted.
+        # Its transport, and the wire over it once it has greeted.
         self._transport: asyncio.WriteTransport | None = None
+        self._wire: RedisWire | None = None
 
-    async def connect(self) -> Connection:
+    async def connect(self) -> RedisWire:
         """Come back with a connection that stands, however many attempts it takes."""
         while True:
             if self._failures:
@@ -275,27 +251,28 @@ class Link:
                 await asyncio.sleep(random.uniform(0, longest))
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT):
-                    connection = await self.open()
+                    wire = await self.open()
                     if self.server.replica:
                         raise Unusable(str(self.server.problem))
                     if self.server.loading:
                         raise BusyLoadingError("Redis is loading its data")
                     if self._prepare is not None:
-                        await self._prepare(connection)
+                        await self._prepare(wire)
             except LINK_ERRORS as error:
                 await self.drop(error)
                 continue
             self.up = True
             self._condition.judge(self.server)
             self._condition.found(self.name, asyncio.get_running_loop().time())
-            return connection
+            return wire
 
-    async def open(self) -> Connection:
+    async def open(self) -> RedisWire:
         """Try once, as far as the server's own word on itself."""
         connection = self._connection = self._make(self.name, self._begin)
         await connection.connect()
-        self.server = read_info(await ask(connection, "INFO"))
-        return connection
+        wire = self._wire = RedisWire(connection)
+        self.server = read_info(await wire.ask("INFO"))
+        return wire
 
     async def _begin(self, connection: AbstractConnection) -> None:
         """The socket stands: greet. As early as here, for a greeting may be broken off."""
@@ -303,10 +280,10 @@ class Link:
         self._transport = None if writer is None else writer.transport
         await connection.on_connect()
 
-    async def prepare(self, connection: Connection) -> None:
+    async def prepare(self, wire: RedisWire) -> None:
         """Do once more what the connection was prepared with."""
         if self._prepare is not None:
-            await self._prepare(connection)
+            await self._prepare(wire)
 
     def refused(self, reason: str) -> None:
         """The server takes nothing that is to be stored, and says why."""
@@ -327,18 +304,16 @@ class Link:
         self.up = False
         connection, self._connection = self._connection, None
         transport, self._transport = self._transport, None
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.abort()
         if transport is not None:
+            # See RedisWire: for want of an answer to the greeting there is none yet.
             transport.abort()
         if connection is not None:
             await connection.disconnect(nowait=True)
             # The socket is let go in the next turn of the loop.
             await asyncio.sleep(0)
-
-
-async def ask(connection: Connection, *command: str | bytes | int) -> Any:
-    """One command, one answer; an error answer is raised."""
-    await connection.send_packed_command([pack(command)])
-    return await read_reply(connection)
 
 
 def check_server(url: str) -> str | None:

@@ -11,17 +11,13 @@ from collections import deque
 from itertools import islice
 from typing import Any, TypeVar
 
-from redis.exceptions import (
-    AuthenticationError,
-    BusyLoadingError,
-    ConnectionError,
-    RedisError,
-    ResponseError,
-)
+from redis.exceptions import RedisError
 
 from tornado_bcast.answer import Answer
-from tornado_bcast.brokers.redis_link import LINK_ERRORS, Connection, Link, Server, pack, read_reply
+from tornado_bcast.brokers.redis_link import LINK_ERRORS, Link, Server
+from tornado_bcast.brokers.redis_wire import RedisWire, pack
 from tornado_bcast.errors import Unavailable, later
+from tornado_bcast.eventloop import at_turn_end
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +26,9 @@ T = TypeVar("T")
 # One write: enough to be worth it, little enough that the first answers do not wait long.
 BATCH_COMMANDS = 500
 BATCH_BYTES = 1 << 20
-# Seconds between two log lines about one kind of error answer.
 # The part of a command's time that the queue alone may take while Redis answers.
 _BEHIND = 0.25
+# Seconds between two log lines about one kind of error answer.
 COMPLAINT_INTERVAL = 60.0
 
 # Error answers that mean: nothing was done, and the next try may succeed. NOSCRIPT is met on the spot, the
@@ -119,13 +115,19 @@ class Pipeline:
         self._max_bytes = max_bytes
         self._waiting: deque[Command[Any]] = deque()
         self._waiting_bytes = 0
-        # The last batch written, in order; some have their answer.
+        # The present connection while it can be used; done, with the reason, when it cannot any more.
+        self._wire: RedisWire | None = None
+        self._stopped: asyncio.Future[None] | None = None
+        # The batch in flight, in order: how many of it have their answer, and since when it is.
         self._batch: list[Command[Any]] = []
-        self._wake = asyncio.Event()
-        # When that was, while some of its answers are out.
+        self._answered = 0
         self._sent_at: float | None = None
-        # Ends what is done on the present connection, for want of an answer.
-        self._patience: asyncio.Timeout | None = None
+        # A WAIT comes after it; the commands with answers that count by that alone.
+        self._waits = False
+        self._done: list[tuple[Command[Any], Any]] = []
+        # The error that keeps some of it for another try.
+        self._again: Exception | None = None
+        self._is_send_due = False
         # Fires at the earliest deadline, while anything waits. One for all: a timer for each batch would be
         # a tenth of a batch's cost.
         self._timer: asyncio.TimerHandle | None = None
@@ -144,7 +146,7 @@ class Pipeline:
             command.deadline = now + self._timeout
             self._waiting.append(command)
             self._waiting_bytes += command.size
-            self._wake.set()
+            self._send_soon()
             if self._timer is None:
                 self._timer = loop.call_at(command.deadline, self._expire)
         return command
@@ -162,21 +164,41 @@ class Pipeline:
     async def run(self) -> None:
         """Drive the link until cancelled."""
         while True:
-            connection = await self._link.connect()
+            wire = await self._link.connect()
             try:
-                async with asyncio.timeout(None) as self._patience:
-                    while True:
-                        if not self._waiting:
-                            self._wake.clear()
-                            await self._wake.wait()
-                        await self._exchange(connection)
-                        self._link.succeeded()
+                await self._drive(wire)
             except LINK_ERRORS as error:
                 await self._link.drop(error)
             except Exception as error:
                 logger.exception("The way to Redis failed", extra={"event": "pipeline_failed"})
                 await self._link.drop(error)
             self._put_back()
+
+    async def _drive(self, wire: RedisWire) -> None:
+        """Use one connection until it fails."""
+        while True:
+            self._stopped = asyncio.get_running_loop().create_future()
+            self._wire = wire
+            self._send_soon()
+            try:
+                wire.drive(self._hear, self._stop)
+                await self._stopped
+            finally:
+                self._wire = self._sent_at = None
+            # Redis has lost the scripts.
+            self._put_back()
+            async with asyncio.timeout(self._timeout):
+                await self._link.prepare(wire)
+
+    def _stop(self, error: Exception | None) -> None:
+        """Use the connection no more for now; None: what it was prepared with is missing."""
+        self._wire = None
+        if self._stopped is None or self._stopped.done():
+            return
+        if error is None:
+            self._stopped.set_result(None)
+        else:
+            self._stopped.set_exception(error)
 
     def close(self) -> None:
         """Fail what still waits; `run` has been cancelled before."""
@@ -188,62 +210,79 @@ class Pipeline:
         self._batch.clear()
         self._waiting.clear()
 
-    async def _exchange(self, connection: Connection) -> None:
-        """Write one batch and take its answers. Raises where the connection is of no more use."""
-        if await connection.can_read():
-            # Nothing was asked, so this is the end of the stream: better seen before writing than after.
-            raise ConnectionError("Connection closed by server.")
-        server = self._link.server
-        data = self._take(server)
-        waits = self._wait_replicas > 0 and any(command.replicated for command in self._batch)
-        if waits:
-            data.append(pack(("WAIT", self._wait_replicas, int(self._timeout * 500))))
+    def _send_soon(self) -> None:
+        """Write the next batch at the end of this turn of the loop, if none is in flight then."""
+        if not self._is_send_due:
+            self._is_send_due = True
+            at_turn_end(self._send)
+
+    def _send(self) -> None:
+        self._is_send_due = False
+        if self._wire is None or self._sent_at is not None:
+            return
+        data = self._take(self._link.server)
         if not data:
             return
+        self._waits = self._wait_replicas > 0 and any(command.replicated for command in self._batch)
+        if self._waits:
+            data.append(pack(("WAIT", self._wait_replicas, int(self._timeout * 500))))
         self._sent_at = asyncio.get_running_loop().time()
-        try:
-            await connection.send_packed_command(data)
-            again = await self._take_answers(connection, server, waits)
-        finally:
-            self._sent_at = None
-        if again is not None:
-            if error_code(again) != "NOSCRIPT":
-                raise again
-            self._put_back()
-            async with asyncio.timeout(self._timeout):
-                await self._link.prepare(connection)
+        self._wire.send(data)
 
-    async def _take_answers(self, connection: Connection, server: Server, waits: bool) -> Exception | None:
-        """Answer the batch, in order. Returns the error that keeps some of it for another try."""
-        again: Exception | None = None
-        done: list[tuple[Command[Any], Any]] = []
-        for command in self._batch:
-            try:
-                answer = await read_reply(connection)
-            except (ResponseError, BusyLoadingError, AuthenticationError) as error:
+    def _hear(self, reply: Any) -> None:
+        """Take the next answer of the batch. Raises where the connection is of no more use."""
+        if self._answered < len(self._batch):
+            command = self._batch[self._answered]
+            self._answered += 1
+            if isinstance(reply, Exception):
                 command.written = False
-                if error_code(error) in RETRY_CODES:
-                    again = again or error
+                if error_code(reply) in RETRY_CODES:
+                    self._again = self._again or reply
                 else:
-                    self._refuse(command, error)
-                continue
-            if waits and command.replicated:
-                done.append((command, answer))
+                    self._refuse(command, reply)
+            elif self._waits and command.replicated:
+                self._done.append((command, reply))
             else:
-                self._resolve(command, answer, server)
-        if waits:
-            enough = await read_reply(connection) >= self._wait_replicas
-            for command, answer in done:
-                if enough:
-                    self._resolve(command, answer, server)
-                else:
-                    self._fail(command, "too few replicas have it: send it again with the same messageId")
-                    self._link.refused("too few replicas have what is published")
-        return again
+                self._resolve(command, reply, self._link.server)
+            if self._waits or self._answered < len(self._batch):
+                return
+        elif self._waits:
+            self._count_replicas(reply)
+        else:
+            raise ConnectionError("Redis has answered what nobody asked.")
+        self._end_batch()
+
+    def _count_replicas(self, reply: Any) -> None:
+        """The answer to WAIT: whether what was written counts."""
+        self._waits = False
+        done, self._done = self._done, []
+        if isinstance(reply, Exception):
+            raise reply
+        for command, answer in done:
+            if reply >= self._wait_replicas:
+                self._resolve(command, answer, self._link.server)
+            else:
+                self._fail(command, "too few replicas have it: send it again with the same messageId")
+                self._link.refused("too few replicas have what is published")
+
+    def _end_batch(self) -> None:
+        self._sent_at = None
+        again, self._again = self._again, None
+        if again is None:
+            self._batch = []
+            self._answered = 0
+            self._link.succeeded()
+            if self._waiting:
+                self._send_soon()
+        elif error_code(again) == "NOSCRIPT":
+            self._stop(None)
+        else:
+            raise again
 
     def _take(self, server: Server) -> list[bytes]:
         """Move the next batch out of the queue; its bytes."""
         self._batch = []
+        self._answered = 0
         data: list[bytes] = []
         size = 0
         while self._waiting and len(data) < BATCH_COMMANDS and size < BATCH_BYTES:
@@ -259,6 +298,7 @@ class Pipeline:
 
     def _put_back(self) -> None:
         """What has no answer goes back to the front, in order, unless that could do it twice."""
+        self._waits, self._done, self._again = False, [], None
         for command in reversed(self._batch):
             if command.done():
                 continue
@@ -287,8 +327,8 @@ class Pipeline:
         if self._sent_at is not None:
             if self._sent_at + self._timeout > now:
                 ahead.append(self._sent_at + self._timeout)
-            elif self._patience is not None and not self._patience.expired():
-                self._patience.reschedule(now)
+            else:
+                self._stop(TimeoutError())
         self._timer = loop.call_at(min(ahead), self._expire) if ahead else None
 
     def _resolve(self, command: Command[Any], answer: Any, server: Server) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 from tornado_bcast.brokers import SavedAs, SessionChange, StoredSession
 from tornado_bcast.brokers.redis_commands import RESUME, SAVE, Names
-from tornado_bcast.brokers.redis_link import Server, pack
+from tornado_bcast.brokers.redis_link import Server
 from tornado_bcast.brokers.redis_pipeline import Command, Pipeline
+from tornado_bcast.brokers.redis_wire import pack
 
 # In front of a channel's name, so that it is no other field's.
 _CHANNEL = "s:"

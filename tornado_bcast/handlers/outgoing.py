@@ -4,11 +4,11 @@ The half of a connection (connection.py) that speaks. It counts the publishes th
 connection that is to leave has that done first, and its session saved.
 """
 
-import asyncio
 import random
 from contextlib import suppress
 
 from ..errors import CloseCode, Refusal, Unavailable
+from ..eventloop import at_turn_end
 from ..frames import frame
 from ..protocol import Command, dump, encode_error
 from ..session import Session
@@ -44,7 +44,7 @@ class Outgoing:
     def answer_soon(self, data: bytes) -> None:
         """Send frames at the end of this turn of the loop, together with others."""
         if self.sink.gather(data):
-            asyncio.get_running_loop().call_soon(self.sink.release)
+            at_turn_end(self.sink.release)
 
     def refuse_command(self, refusal: Refusal, command: Command | None = None) -> None:
         context = self._context

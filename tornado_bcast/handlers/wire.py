@@ -173,10 +173,11 @@ class Wire:
         if not self._held:
             self._stream.go_on()
 
-    def _on_data(self, chunk: bytes) -> None:
+    def _on_data(self, chunk: bytes) -> int:
         self._receiver.on_sign_of_life()
         if self._parser is not None:
             self._take(self._parser.feed(chunk))
+        return 0 if self._parser is None else self._parser.missing
 
     def _take(self, frames: Iterator[tuple[int, bytes]]) -> None:
         try:
