@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tornado_bcast.brokers import Broker, BusMessage, Publication
+from tornado_bcast.eventloop import WorkerLoop
 
 TEST_TIMEOUT = 60.0
 
@@ -29,7 +30,8 @@ def asynchronous(
             left = asyncio.all_tasks() - {asyncio.current_task()}
             assert not left, left
 
-        asyncio.run(whole())
+        with asyncio.Runner(loop_factory=WorkerLoop) as runner:
+            runner.run(whole())
         assert not complaints, complaints
 
     return run

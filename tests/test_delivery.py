@@ -22,12 +22,12 @@ from tornado_bcast import compression, dispatch
 from tornado_bcast.brokers import BusMessage
 from tornado_bcast.config import ChannelsConfig
 from tornado_bcast.delivery import RETRY_WINDOW, Delivery
-from tornado_bcast.dispatch import TICK
 from tornado_bcast.errors import CloseCode, Refusal
 from tornado_bcast.node import HEAD_CHECK, LINGER
 from tornado_bcast.protocol import Position
 from tornado_bcast.reader import PIECE
 from tornado_bcast.topic import AHEAD, Topic
+from tornado_bcast.wheel import TICK
 
 CHANNEL = "c"
 FAULTS = ("missed", "cut", "unavailable", "trimmed", "moved", "rolled back", "flushed")

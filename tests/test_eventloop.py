@@ -3,8 +3,17 @@
 import asyncio
 import socket
 import time
+from itertools import pairwise
 
-from tornado_bcast.eventloop import EVENTS_A_TURN, LagMeter, TurnSelector, WorkerLoop, until_tick
+from tornado_bcast.eventloop import (
+    EVENTS_A_TURN,
+    PULSE_SECONDS,
+    LagMeter,
+    TurnSelector,
+    WorkerLoop,
+    at_turn_end,
+    until_tick,
+)
 
 
 def test_a_turn_serves_so_many_and_the_next_ones_the_rest() -> None:
@@ -94,3 +103,128 @@ def test_lag_is_how_long_a_socket_waits_for_its_turn() -> None:
         for near, far in pairs:
             near.close()
             far.close()
+
+
+def test_a_turn_ends_when_all_else_in_it_is_done() -> None:
+    near, far = socket.socketpair()
+    order: list[str] = []
+
+    class Reader:
+        def on_readable(self) -> None:
+            near.recv(1)
+            order.append("read")
+            at_turn_end(lambda: order.append("end"))
+            asyncio.get_running_loop().call_soon(order.append, "the next turn")
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, WorkerLoop)
+        loop.add_reader(near, order.append, "never")
+        loop.readers[near.fileno()] = Reader()
+        far.send(b"x")
+        while len(order) < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        assert order == ["read", "end", "the next turn"]
+        # In a turn that has other sockets as well its end waits for them.
+        order.clear()
+        loop.add_reader(quiet, lambda: order.append("another") or quiet.recv(1))
+        far.send(b"x")
+        loud.send(b"x")
+        while len(order) < 4:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        assert order[0] == "read" and "another" in order and order[-1] == "end"
+        # Whatever else happens to a descriptor, the loop is told.
+        order.clear()
+        far.close()
+        while not order:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        assert order[0] == "never"
+        loop.remove_reader(near)
+        loop.remove_reader(quiet)
+
+    quiet, loud = socket.socketpair()
+    with near, far, quiet, loud, asyncio.Runner(loop_factory=WorkerLoop) as runner:
+        runner.run(run())
+
+
+def test_an_end_may_ask_for_another_and_leave_work() -> None:
+    order: list[str] = []
+
+    def first() -> None:
+        order.append("first")
+        at_turn_end(lambda: order.append("third"))
+        asyncio.get_running_loop().call_soon(done.set)
+
+    async def run() -> None:
+        nonlocal done
+        done = asyncio.Event()
+        at_turn_end(first)
+        at_turn_end(lambda: order.append("second"))
+        assert not order
+        begun = time.monotonic()
+        async with asyncio.timeout(5):
+            await done.wait()
+        # The loop did not sleep over it, though there was no event.
+        assert time.monotonic() - begun < PULSE_SECONDS
+        assert order == ["first", "second", "third"]
+
+    done = asyncio.Event()
+    with asyncio.Runner(loop_factory=WorkerLoop) as runner:
+        runner.run(run())
+
+
+def test_what_readers_and_ends_raise_is_reported_and_the_others_go_on() -> None:
+    near, far = socket.socketpair()
+    reported: list[str] = []
+    ended: list[int] = []
+
+    class Reader:
+        def on_readable(self) -> None:
+            near.recv(1)
+            at_turn_end(lambda: 1 // 0)
+            at_turn_end(lambda: ended.append(1))
+            raise OSError("of the reader")
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, WorkerLoop)
+        loop.set_exception_handler(lambda _, context: reported.append(str(context["exception"])))
+        loop.add_reader(near, near.recv, 1)
+        loop.readers[near.fileno()] = Reader()
+        far.send(b"x")
+        while not ended:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        loop.remove_reader(near)
+
+    with near, far, asyncio.Runner(loop_factory=WorkerLoop) as runner:
+        runner.run(run())
+    assert reported == ["of the reader", "integer division or modulo by zero"]
+
+
+def test_on_another_loop_an_end_comes_soon() -> None:
+    async def run() -> None:
+        ended = asyncio.Event()
+        at_turn_end(ended.set)
+        async with asyncio.timeout(5):
+            await ended.wait()
+
+    asyncio.run(run())
+
+
+def test_the_pulse_beats_while_the_loop_waits_and_while_it_turns_and_not_while_it_is_stuck() -> None:
+    beats: list[float] = []
+
+    async def run() -> None:
+        await asyncio.sleep(2.5 * PULSE_SECONDS)
+        assert 3 <= len(beats) <= 6
+        beats.clear()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert len(beats) >= 10
+        beats.clear()
+        asyncio.get_running_loop().call_soon(time.sleep, 1.5 * PULSE_SECONDS)
+        await asyncio.sleep(0.1)
+        assert max(later - beat for beat, later in pairwise(beats)) >= 1.5 * PULSE_SECONDS
+
+    with asyncio.Runner(loop_factory=lambda: WorkerLoop(lambda: beats.append(time.monotonic()))) as runner:
+        runner.run(run())

@@ -47,6 +47,24 @@ def violation(*pieces: bytes, limit: int = LIMIT) -> int:
     return caught.value.code
 
 
+def test_what_a_frame_lacks() -> None:
+    whole, long = client_frame(b"x" * 10), client_frame(b"y" * 1000)
+    for pieces, missing in (
+        ((whole,), 0),
+        ((long[:-3],), 3),
+        ((whole + long[:500],), len(long) - 500),
+        ((long[:-3], long[-3:]), 0),
+        ((long[:-3], long[-3:] + long[:-1]), 1),
+        # What it lacks is not known before its head is there.
+        ((long[:3],), 0),
+        ((client_frame(b"z" * 300, fin=False), client_frame(b"z" * 300, 0)[:-5]), 5),
+    ):
+        parser = FrameParser(LIMIT)
+        for piece in pieces:
+            list(parser.feed(piece))
+        assert parser.missing == missing, pieces
+
+
 # Writing
 
 

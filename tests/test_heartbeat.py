@@ -1,6 +1,7 @@
 """Who is pinged when, and who is dead."""
 
-from tornado_bcast.heartbeat import TICK, Heartbeat
+from tornado_bcast.heartbeat import Heartbeat
+from tornado_bcast.wheel import TICK
 
 
 class Peer:

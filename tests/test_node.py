@@ -19,12 +19,14 @@ from tornado_bcast.brokers.memory import MemoryBroker
 from tornado_bcast.config import ChannelRule, default_config
 from tornado_bcast.delivery import Delivery
 from tornado_bcast.errors import Unavailable
+from tornado_bcast.eventloop import LagMeter
 from tornado_bcast.hub import Hub
 from tornado_bcast.metrics import Metrics
 from tornado_bcast.node import MANY, Node
 from tornado_bcast.protocol import Position
 from tornado_bcast.sink import Sink, SlowConsumer
 from tornado_bcast.topic import Subscriber, Topic
+from tornado_bcast.wheel import TICK
 
 PLAIN = default_config().channels.default
 KEPT = replace(PLAIN, persistent=True)
@@ -170,9 +172,11 @@ async def world(*, slow: bool = False) -> AsyncIterator[World]:
     made = World()
     made.bus.slow = slow
     await made.node.start(lambda: b"{}")
+    clock = LagMeter(TICK, lambda lag, now: made.node.turn())
     try:
         yield made
     finally:
+        clock.close()
         made.bus.open.set()
         await made.node.close()
 

@@ -6,6 +6,7 @@ import socket
 import pytest
 from broker_kit import asynchronous, until
 
+from tornado_bcast.eventloop import WorkerLoop
 from tornado_bcast.stream import ClientStream
 
 
@@ -16,10 +17,16 @@ class Client:
         ours, self.peer = socket.socketpair()
         self.stream = ClientStream(ours)
         self.heard: list[bytes] = []
+        # What it says is missing of a message.
+        self.missing = 0
         self.ends = 0
 
     def receive(self) -> None:
-        self.stream.receive(self.heard.append, self._end)
+        self.stream.receive(self._hear, self._end)
+
+    def _hear(self, data: bytes) -> int:
+        self.heard.append(data)
+        return self.missing
 
     def _end(self) -> None:
         self.ends += 1
@@ -148,9 +155,10 @@ async def test_one_that_is_held_leaves_everything_to_the_kernel() -> None:
         await client.hears(b"ab")
 
         # From within, as a refusal does it; then the peer goes.
-        def received(data: bytes) -> None:
+        def received(data: bytes) -> int:
             client.heard.append(data)
             client.stream.hold()
+            return 0
 
         client.stream._received = received
         client.peer.send(b"c")
@@ -163,3 +171,39 @@ async def test_one_that_is_held_leaves_everything_to_the_kernel() -> None:
         await client.hears(b"abcd")
         client.stream.go_on()
         await until(lambda: client.ends)
+
+
+@asynchronous
+async def test_the_rest_of_a_long_message_is_read_with_it_and_no_more() -> None:
+    look = 16 * 1024
+    with Client() as client:
+        client.receive()
+        client.missing = 7
+        client.peer.send(b"a" * look + b"b" * 7 + b"c" * 7 + b"d")
+        await client.hears(b"a" * look + b"b" * 7 + b"c" * 7 + b"d")
+        # The seven, and seven of the next that has begun; after less than was wanted it waits for its turn.
+        assert [len(data) for data in client.heard] == [look, 7, 7, 1]
+        client.heard.clear()
+        client.missing = 0
+        client.peer.send(b"e" * look + b"f")
+        turns = 0
+
+        def turn() -> None:
+            nonlocal turns
+            turns += 1
+            if len(client.heard) < 2:
+                asyncio.get_running_loop().call_soon(turn)
+
+        turn()
+        await client.hears(b"e" * look + b"f")
+        assert turns >= 3, "both came in one turn"
+
+
+@asynchronous
+async def test_no_reader_stays_when_it_is_closed() -> None:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, WorkerLoop)
+    with Client() as client:
+        client.receive()
+        assert list(loop.readers.values()) == [client.stream]
+    assert not loop.readers

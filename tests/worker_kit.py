@@ -33,9 +33,8 @@ from tornado_bcast.brokers import (
 )
 from tornado_bcast.brokers.memory import MemorySessions
 from tornado_bcast.config import ChannelRule, ChannelsConfig, default_config
-from tornado_bcast.dispatch import TICK
 from tornado_bcast.errors import CloseCode, Refusal, Unavailable
-from tornado_bcast.eventloop import WorkerLoop
+from tornado_bcast.eventloop import WorkerLoop, until_tick
 from tornado_bcast.frames import frame
 from tornado_bcast.handlers.subscriptions import Restored, Subscriptions
 from tornado_bcast.hub import Hub
@@ -48,6 +47,7 @@ from tornado_bcast.session import Session, decode_subscription
 from tornado_bcast.sink import Sink, SlowConsumer
 from tornado_bcast.stream import ClientStream
 from tornado_bcast.topic import Topic
+from tornado_bcast.wheel import TICK
 
 Event = dict[str, Any]
 SESSION_TTL = 600.0
@@ -367,10 +367,17 @@ class Worker:
         async def start() -> None:
             await self.node.start(bytes)
             await self.node.listen(self.keeper.channel, self.keeper.on_notice)
-            self.spawn(self.keeper.run())
+            self.spawn(self._turn())
 
         self.loop.run_until_complete(start())
         return self
+
+    async def _turn(self) -> None:
+        """As application.py has it, until it is killed."""
+        while True:
+            await asyncio.sleep(until_tick(TICK))
+            self.keeper.turn()
+            self.node.turn()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from .auth import Authenticator
@@ -24,7 +25,7 @@ from .farewell import Farewell
 from .handlers import make_routes
 from .handlers.context import Connection, now_ms
 from .handlers.wire import ping_frames
-from .heartbeat import TICK, Heartbeat
+from .heartbeat import Heartbeat
 from .hub import Hub
 from .keeper import Keeper
 from .logs import RefusalLog
@@ -33,7 +34,7 @@ from .node import Node
 from .overload import Overload
 from .rules import ChannelRules, Origins
 from .tasks import Tasks
-from .wheel import Wheel
+from .wheel import TICK, Wheel
 from .worker import Handles
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Inside:
         self.metrics = Metrics()
         self.hub = Hub()
         self.heartbeat: Heartbeat[Connection] = Heartbeat(config.heartbeat.interval, config.heartbeat.timeout)
-        self.expiries: Wheel[Connection] = Wheel(TICK)
+        self.expiries: Wheel[Connection] = Wheel()
         self.refusals = RefusalLog(logging.getLogger("tornado_bcast.refusals"))
         self.own_capacity = most_clients()
         self.capacity = config.server.max_connections or board.workers * self.own_capacity
@@ -134,10 +135,8 @@ class Inside:
 
     async def start(self) -> None:
         await self.node.start(self._row)
-        self._lag_meter = LagMeter(TICK, self._on_lag)
-        self.spawn(self._turn_heartbeat())
+        self._lag_meter = LagMeter(TICK, self._turn)
         self.spawn(self._tell_row())
-        self.spawn(self.keeper.run())
         self.spawn(self.node.listen(self.keeper.channel, self.keeper.on_notice))
 
     async def send_away(self, over: float, back: float) -> None:
@@ -165,8 +164,8 @@ class Inside:
             await asyncio.wait_for(self.keeper.flush(), _SAVE_SECONDS)
         except TimeoutError:
             logger.warning("not all sessions were saved", extra={"event": "sessions_unsaved"})
-        await self._tasks.close()
         self._lag_meter.close()
+        await self._tasks.close()
         await self.node.close()
 
     def connect(self, peer: Connection) -> None:
@@ -204,20 +203,34 @@ class Inside:
 
     # Timers
 
-    async def _turn_heartbeat(self) -> None:
-        while True:
-            await asyncio.sleep(until_tick(TICK))
-            now = time.monotonic()
-            ping, dead = self.heartbeat.turn(now)
-            if ping:
-                frames = ping_frames(now_ms())
-                for peer in ping:
-                    peer.sink.answer(frames)
-            for peer in dead:
-                peer.end(CloseCode.HEARTBEAT_MISSED, "heartbeat missed", flush=False)
-            # Tokens end by the clock on the wall.
-            for peer in self.expiries.expired(time.time()):
-                peer.expire()
+    def _turn(self, lag: float, now: float) -> None:
+        """What is to be done every TICK seconds, all in one turn of the loop, which came so late."""
+        for work in (
+            partial(self._on_lag, lag, now),
+            self._turn_heartbeat,
+            self._expire_tokens,
+            self.keeper.turn,
+            self.node.turn,
+        ):
+            try:
+                work()
+            except Exception:
+                # The others go on, and this one at the next tick.
+                logger.exception("an error in a regular turn", extra={"event": "internal_error"})
+
+    def _turn_heartbeat(self) -> None:
+        ping, dead = self.heartbeat.turn(time.monotonic())
+        if ping:
+            frames = ping_frames(now_ms())
+            for peer in ping:
+                peer.sink.answer(frames)
+        for peer in dead:
+            peer.end(CloseCode.HEARTBEAT_MISSED, "heartbeat missed", flush=False)
+
+    def _expire_tokens(self) -> None:
+        # They end by the clock on the wall.
+        for peer in self.expiries.expired(time.time()):
+            peer.expire()
 
     def _on_lag(self, lag: float, now: float) -> None:
         self.metrics.loop_lag = lag

@@ -6,7 +6,8 @@ and replaces dead ones; what that function leaves open is here:
 
 - A signal to the parent reaches the workers: the handlers run between two returns of its `os.wait`, and find
   the pids on the board.
-- A clock (SIGALRM) for deadlines, for the embedded server and for workers that hang.
+- A clock (SIGALRM) for deadlines, for the embedded server and for workers that hang. It goes slower while
+  nothing is under way, and at once when a child has died (SIGCHLD).
 - A worker that dies at once is not forked in a hot loop: its successor pauses first, longer each time.
 - No worker leaves with 0, which would end its succession, unless everything stops.
 - No orphans: the kernel kills the workers and the embedded server when the parent dies.
@@ -53,7 +54,9 @@ logger = logging.getLogger(__name__)
 Serve = Callable[[Config, list[socket.socket], Board, int], int]
 Read = Callable[[], Config]
 
+# The parent's clock: while something is under way, and at most while nothing is.
 CLOCK_SECONDS = 0.2
+REST_SECONDS = 1.0
 # How long (seconds) the workers have to leave when everything stops; then they are killed. In the same way
 # the embedded server after them.
 STOP_SECONDS = 5.0
@@ -96,8 +99,12 @@ class _Parent:
         if config.redis.url == "embedded:":
             self._embedded = EmbeddedServer(config.redis.data_dir, config.redis.appendfsync)
         self._fork_log = ForkLog(self._board)
-        self._watch = Watch(self._board, Notifier(), self._log_serving)
-        # True while `_tick` runs, which a signal may interrupt.
+        notifier = Notifier()
+        self._watch = Watch(self._board, notifier, self._log_serving)
+        # WATCHDOG=1 is due at half of its time, and not to come late.
+        self._rest = min(REST_SECONDS, (notifier.watchdog or 60.0) / 4)
+        # The clock goes, and `_tick` runs, which a signal may interrupt.
+        self._clock_goes = False
         self._ticking = False
         # When everything stops: when the workers must have left, and who has been told.
         self._stop_by = float("inf")
@@ -119,6 +126,7 @@ class _Parent:
             signal.SIGINT: self._on_stop,
             signal.SIGHUP: self._on_hangup,
             signal.SIGALRM: self._on_clock,
+            signal.SIGCHLD: self._on_clock,
         }
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
@@ -131,11 +139,13 @@ class _Parent:
                 warning = check_server(self._config.redis.url)
                 if warning is not None:
                     logger.warning("%s", warning, extra={"event": "redis_away"})
-            signal.setitimer(signal.ITIMER_REAL, CLOCK_SECONDS, CLOCK_SECONDS)
+            self._clock_goes = True
+            signal.setitimer(signal.ITIMER_REAL, CLOCK_SECONDS)
             self._fork()
             logger.info("stopped", extra={"event": "stopped"})
             return 0
         finally:
+            self._clock_goes = False
             signal.setitimer(signal.ITIMER_REAL, 0)
             if self._embedded is not None:
                 self._embedded.stop(STOP_SECONDS)
@@ -187,6 +197,7 @@ class _Parent:
     def _work(self, index: int) -> int:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # A terminal sends these two to all processes; the parent tells the workers what to do.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -278,7 +289,7 @@ class _Parent:
             self._tick()
 
     def _tick(self) -> None:
-        if self._ticking:
+        if self._ticking or not self._clock_goes:
             return
         self._ticking = True
         try:
@@ -298,6 +309,17 @@ class _Parent:
             logger.exception("an error in the clock of the parent", extra={"event": "clock_failed"})
         finally:
             self._ticking = False
+            signal.setitimer(signal.ITIMER_REAL, CLOCK_SECONDS if self._is_busy() else self._rest)
+
+    def _is_busy(self) -> bool:
+        """Whether something is under way that the clock is to find at its end."""
+        return (
+            self._board.stopping
+            or not self._watch.is_ready
+            or self._leaving is not None
+            or bool(self._queue)
+            or (self._embedded is not None and not self._embedded.is_up)
+        )
 
     def _stop_workers(self, now: float) -> None:
         for index, slot in enumerate(self._board.slots()):

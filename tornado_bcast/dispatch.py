@@ -29,8 +29,6 @@ from .wheel import Wheel
 
 logger = logging.getLogger(__name__)
 
-# Seconds between the turns of the wheel.
-TICK = 0.25
 # Bytes of frames that go to the sockets in one call.
 _BATCH = 65536
 # Seconds for which a channel's messages wait at most for those that this worker has on the way to the broker.
@@ -57,7 +55,7 @@ class Dispatch:
         self._patience: asyncio.TimerHandle | None = None
         # Topics of which live subscribers have been sent something to ack since the last turn of the wheel.
         self._active: set[Topic] = set()
-        self._wheel: Wheel[Subscriber] = Wheel(TICK)
+        self._wheel: Wheel[Subscriber] = Wheel()
         self._tasks = Tasks(logger)
 
     async def close(self) -> None:
@@ -333,7 +331,7 @@ class Dispatch:
         self._watch(subscriber)
 
     def turn(self) -> None:
-        """A turn of the wheel; the owner calls this every TICK seconds."""
+        """A turn of the wheel; the owner calls this every TICK seconds (wheel.py)."""
         now = _now()
         active, self._active = self._active, set()
         for topic in active:

@@ -18,8 +18,9 @@ from typing import Protocol
 
 # Sockets that one turn serves: some milliseconds of work where each of them is a new connection.
 EVENTS_A_TURN = 64
-# Seconds between two beats of the pulse at most, while the loop turns or waits.
-PULSE_SECONDS = 0.1
+# Seconds between two beats of the pulse at most, while the loop turns or waits: half of what makes a worker
+# stale (board.py), and as long as between two turns of its wheels, so that nobody is woken for a beat alone.
+PULSE_SECONDS = 0.25
 
 
 class Reader(Protocol):

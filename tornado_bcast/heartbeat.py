@@ -7,9 +7,6 @@ from typing import Generic, Protocol, TypeVar
 
 from .wheel import Wheel
 
-# Seconds between the turns of the wheel.
-TICK = 0.25
-
 
 class Peer(Protocol):
     """What the heartbeat keeps on each connection. Times are seconds of the caller's steady clock."""
@@ -33,7 +30,7 @@ class Heartbeat(Generic[P]):
     def __init__(self, interval: float, timeout: float) -> None:
         self.interval = interval
         self.timeout = timeout
-        self._wheel: Wheel[P] = Wheel(TICK)
+        self._wheel: Wheel[P] = Wheel()
 
     def add(self, peer: P, now: float) -> None:
         peer.seen, peer.pinged = now, 0.0

@@ -15,7 +15,6 @@ from contextlib import suppress
 
 from .brokers import BusMessage, SessionStore
 from .errors import CloseCode, Unavailable
-from .eventloop import until_tick
 from .rules import Principal
 from .session import Session
 from .wheel import Wheel
@@ -26,7 +25,6 @@ logger = logging.getLogger(__name__)
 SAVE_SECONDS = 5.0
 # A stored session is renewed after this part of its time, and stored for that much longer.
 _RENEWAL = 1 / 3
-_TICK = 0.25
 
 End = Callable[..., None]
 
@@ -54,19 +52,17 @@ class Keeper:
         # The server channel on which this worker is told of sessions that were taken over.
         self.channel = f"$worker:{secrets.token_hex(8)}"
         self._kept: dict[str, _Kept] = {}
-        self._wheel: Wheel[_Kept] = Wheel(_TICK)
+        self._wheel: Wheel[_Kept] = Wheel()
         self._saving: set[asyncio.Task[None]] = set()
 
-    async def run(self) -> None:
-        """The keeper's clock, until cancelled."""
-        while True:
-            await asyncio.sleep(until_tick(_TICK))
-            for kept in self._wheel.expired(_now()):
-                # A change that was to be saved may have gone with another one.
-                if not kept.soon or kept.session.changed or not kept.session.is_stored:
-                    self._save_later(kept.session, kept.end)
-                kept.soon = False
-                self._schedule(kept)
+    def turn(self) -> None:
+        """Save what is due; the owner calls this every TICK seconds (wheel.py)."""
+        for kept in self._wheel.expired(_now()):
+            # A change that was to be saved may have gone with another one.
+            if not kept.soon or kept.session.changed or not kept.session.is_stored:
+                self._save_later(kept.session, kept.end)
+            kept.soon = False
+            self._schedule(kept)
 
     async def flush(self) -> None:
         """Wait for the saves under way."""

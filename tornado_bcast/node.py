@@ -13,9 +13,8 @@ from functools import partial
 from .answer import Answer
 from .brokers import Broker, BusMessage, History, Publication, Receipt
 from .config import ChannelRule
-from .dispatch import TICK, Dispatch, spread
+from .dispatch import Dispatch, spread
 from .errors import Unavailable
-from .eventloop import until_tick
 from .hub import Hub
 from .metrics import Metrics
 from .protocol import Position
@@ -24,6 +23,7 @@ from .rules import ChannelRules
 from .sink import Sink
 from .tasks import Tasks
 from .topic import Topic
+from .wheel import TICK
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,6 @@ class Node:
     async def start(self, row: Callable[[], bytes]) -> None:
         """Begin to hear the broker. `row()` is this worker's row of statistics, for all others."""
         await self._broker.start(self, row)
-        self._tasks.spawn(self._turn())
 
     async def close(self) -> None:
         """End every task; the broker is closed last."""
@@ -334,16 +333,14 @@ class Node:
                 if head is None or head.epoch != topic.epoch or not seq <= head.seq <= topic.seq:
                     self._fill_soon(topic)
 
-    # Timers
+    # The clock
 
-    async def _turn(self) -> None:
-        """The node's one timer."""
-        while True:
-            await asyncio.sleep(until_tick(TICK))
-            self.dispatch.turn()
-            topics = next(self._head_checks)
-            if topics:
-                self._tasks.spawn(self._check_heads(topics))
+    def turn(self) -> None:
+        """See to what is due; the owner calls this every TICK seconds (wheel.py)."""
+        self.dispatch.turn()
+        topics = next(self._head_checks)
+        if topics:
+            self._tasks.spawn(self._check_heads(topics))
 
     def _next_head_checks(self) -> Iterator[list[Topic]]:
         """All persistent topics, again and again, spread over the turns of HEAD_CHECK seconds."""

@@ -37,7 +37,8 @@ class Watch:
         self._on_serving = on_serving
         # When the first worker was seen to serve.
         self._served_at: float | None = None
-        self._ready = False
+        # READY=1 has been said.
+        self.is_ready = False
         # What is said in place of the numbers while something else goes on.
         self._doing = ""
         self._hung: set[int] = set()
@@ -50,10 +51,10 @@ class Watch:
         self._watchdog_due = 0.0
 
     def tick(self, now: float) -> None:
-        """Look at everybody; to be called some times a second. `now` is of the board's clock, in seconds."""
+        """Look at everybody; to be called each second or more often. `now`: seconds of the board's clock."""
         if not self._board.stopping:
             self._look(now)
-        if self._ready:
+        if self.is_ready:
             self._tell(now)
 
     def reloading(self) -> None:
@@ -67,7 +68,7 @@ class Watch:
         """The new configuration holds for everybody, or the old one does again."""
         self._doing = self._status = ""
         self._status_due = 0.0
-        if self._ready:
+        if self.is_ready:
             self._notifier.send(READY=1)
 
     def stopping(self, seconds: float) -> None:
@@ -81,9 +82,9 @@ class Watch:
         if serving and self._served_at is None:
             self._served_at = now
             self._on_serving()
-        if not self._ready and self._served_at is not None:
+        if not self.is_ready and self._served_at is not None:
             if len(serving) == len(slots) or now - self._served_at > READY_SECONDS:
-                self._ready = True
+                self.is_ready = True
                 self._notifier.send(READY=1)
         alive = [slot for slot in slots if slot.state in (State.SERVING, State.DRAINING)]
         hung = {slot.pid for slot in alive if now - slot.heartbeat > HUNG_SECONDS}

@@ -5,13 +5,16 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
+# Seconds between two turns of a worker's wheels. One timer turns them all (application.py).
+TICK = 0.25
+
 
 class Wheel(Generic[Item]):
     """Items by due time, in slots of `tick` seconds: no timer for each, and no search for those due."""
 
     __slots__ = ("_slots", "_tick", "_turned")
 
-    def __init__(self, tick: float) -> None:
+    def __init__(self, tick: float = TICK) -> None:
         self._tick = tick
         self._slots: dict[int, dict[Item, None]] = {}
         # The last slot that was emptied; what is overdue already goes into the next one.

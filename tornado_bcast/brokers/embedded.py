@@ -172,7 +172,7 @@ class EmbeddedServer:
         self._note_owner()
 
     def tend(self, now: float) -> None:
-        """Start the process again when it is dead; call it some times a second with a steady clock (seconds).
+        """Start the process again when it is dead; call it each second or more often, with a steady clock.
 
         The first start comes at once; where the process dies young again and again, the pause grows.
         """
@@ -203,6 +203,11 @@ class EmbeddedServer:
             reason,
             extra={"event": "embedded_dead"},
         )
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it is, or was when it was last looked at."""
+        return self._state == "up"
 
     def poll(self) -> bool:
         """Whether the process lives."""

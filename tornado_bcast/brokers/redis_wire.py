@@ -14,11 +14,15 @@ from hiredis import pack_command
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 from redis.exceptions import ConnectionError
 
+# What one look at a connection brings at most; shared, for it is parsed at once. (asyncio's TLS takes slices
+# of it to write to, which of a bytearray would be copies.)
+_buffer = memoryview(bytearray(64 * 1024))
+
 _Pack = Callable[[tuple[str | bytes | int | float, ...]], bytes]
 pack: _Pack = cast(_Pack, pack_command)
 
 
-class RedisWire(asyncio.Protocol):
+class RedisWire(asyncio.BufferedProtocol):
     """See the module. What is asked by `ask` is answered there; all else is for who drives the wire.
 
     `connection` is one of redis-py's that has greeted, and of which nobody reads.
@@ -57,9 +61,12 @@ class RedisWire(asyncio.Protocol):
     def send(self, commands: Iterable[bytes]) -> None:
         self._transport.write(b"".join(commands))
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return _buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
         try:
-            self._replies.feed(data)
+            self._replies.feed(_buffer, 0, nbytes)
             while (reply := self._replies.gets()) is not NOT_ENOUGH_DATA and self._error is None:
                 if self._asked:
                     self._answer(self._asked.popleft(), reply)
