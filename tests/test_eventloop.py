@@ -5,6 +5,8 @@ import socket
 import time
 from itertools import pairwise
 
+import pytest
+
 from tornado_bcast.eventloop import (
     EVENTS_A_TURN,
     PULSE_SECONDS,
@@ -105,11 +107,72 @@ def test_lag_is_how_long_a_socket_waits_for_its_turn() -> None:
             far.close()
 
 
+class Silent:
+    """A watcher that nothing happens to."""
+
+    def on_readable(self) -> None:
+        raise AssertionError
+
+    def on_writable(self) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(("reading", "writing"), [(True, False), (False, True), (True, True), (False, False)])
+def test_what_is_watched_is_served_past_the_loop(reading: bool, writing: bool) -> None:
+    near, far = socket.socketpair()
+    seen: list[str] = []
+
+    class Watcher:
+        def on_readable(self) -> None:
+            seen.append("readable")
+
+        def on_writable(self) -> None:
+            seen.append("writable")
+
+    selector = TurnSelector()
+    watcher = Watcher()
+    with near, far:
+        # Whatever it was before.
+        selector.watch(near.fileno(), watcher, reading=True, writing=True)
+        selector.watch(near.fileno(), watcher, reading=reading, writing=writing)
+        far.send(b"x")
+        for _ in range(2):
+            assert selector.select(0) == []
+            assert seen == ["readable"] * reading + ["writable"] * writing
+            seen.clear()
+        far.close()
+        selector.select(0)
+        # Who looks for anything hears of the end.
+        assert ("readable" in seen) == (reading or writing)
+        seen.clear()
+        selector.watch(near.fileno(), watcher, reading=False, writing=False)
+        selector.select(0)
+        assert not seen
+    selector.close()
+
+
+def test_one_that_stops_in_its_turn_is_left_alone() -> None:
+    near, far = socket.socketpair()
+    seen: list[str] = []
+    selector = TurnSelector()
+
+    class Watcher(Silent):
+        def on_readable(self) -> None:
+            seen.append("readable")
+            selector.watch(near.fileno(), self, reading=False, writing=False)
+
+    with near, far:
+        selector.watch(near.fileno(), Watcher(), reading=True, writing=True)
+        far.send(b"x")
+        assert selector.select(0) == [] and seen == ["readable"]
+    selector.close()
+
+
 def test_a_turn_ends_when_all_else_in_it_is_done() -> None:
     near, far = socket.socketpair()
     order: list[str] = []
 
-    class Reader:
+    class Reader(Silent):
         def on_readable(self) -> None:
             near.recv(1)
             order.append("read")
@@ -119,8 +182,7 @@ def test_a_turn_ends_when_all_else_in_it_is_done() -> None:
     async def run() -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, WorkerLoop)
-        loop.add_reader(near, order.append, "never")
-        loop.readers[near.fileno()] = Reader()
+        loop.turns.watch(near.fileno(), Reader(), reading=True, writing=False)
         far.send(b"x")
         while len(order) < 3:  # noqa: ASYNC110
             await asyncio.sleep(0)
@@ -133,13 +195,7 @@ def test_a_turn_ends_when_all_else_in_it_is_done() -> None:
         while len(order) < 4:  # noqa: ASYNC110
             await asyncio.sleep(0)
         assert order[0] == "read" and "another" in order and order[-1] == "end"
-        # Whatever else happens to a descriptor, the loop is told.
-        order.clear()
-        far.close()
-        while not order:  # noqa: ASYNC110
-            await asyncio.sleep(0)
-        assert order[0] == "never"
-        loop.remove_reader(near)
+        loop.turns.watch(near.fileno(), Reader(), reading=False, writing=False)
         loop.remove_reader(quiet)
 
     quiet, loud = socket.socketpair()
@@ -178,7 +234,7 @@ def test_what_readers_and_ends_raise_is_reported_and_the_others_go_on() -> None:
     reported: list[str] = []
     ended: list[int] = []
 
-    class Reader:
+    class Reader(Silent):
         def on_readable(self) -> None:
             near.recv(1)
             at_turn_end(lambda: 1 // 0)
@@ -189,12 +245,11 @@ def test_what_readers_and_ends_raise_is_reported_and_the_others_go_on() -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, WorkerLoop)
         loop.set_exception_handler(lambda _, context: reported.append(str(context["exception"])))
-        loop.add_reader(near, near.recv, 1)
-        loop.readers[near.fileno()] = Reader()
+        loop.turns.watch(near.fileno(), Reader(), reading=True, writing=False)
         far.send(b"x")
         while not ended:  # noqa: ASYNC110
             await asyncio.sleep(0)
-        loop.remove_reader(near)
+        loop.turns.watch(near.fileno(), Reader(), reading=False, writing=False)
 
     with near, far, asyncio.Runner(loop_factory=WorkerLoop) as runner:
         runner.run(run())

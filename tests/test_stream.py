@@ -141,14 +141,14 @@ async def test_one_that_is_held_leaves_everything_to_the_kernel() -> None:
         client.peer.send(b"b")
         await client.stream.write(b"x" * 100)
         looked = 0
-        handle = client.stream._handle_events
+        read = client.stream.on_readable
 
-        def count(fd: object, events: int) -> None:
+        def count() -> None:
             nonlocal looked
             looked += 1
-            handle(fd, events)
+            read()
 
-        client.stream._handle_events = count  # type: ignore[method-assign]
+        client.stream.on_readable = count  # type: ignore[method-assign]
         await asyncio.sleep(0.05)
         assert client.heard == [b"a"] and not looked
         client.stream.go_on()
@@ -200,10 +200,10 @@ async def test_the_rest_of_a_long_message_is_read_with_it_and_no_more() -> None:
 
 
 @asynchronous
-async def test_no_reader_stays_when_it_is_closed() -> None:
+async def test_nobody_is_watched_after_its_end() -> None:
     loop = asyncio.get_running_loop()
     assert isinstance(loop, WorkerLoop)
     with Client() as client:
         client.receive()
-        assert list(loop.readers.values()) == [client.stream]
-    assert not loop.readers
+        assert list(loop.turns._watchers.values()) == [client.stream]
+    assert not loop.turns._watchers

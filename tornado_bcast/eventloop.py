@@ -23,11 +23,14 @@ EVENTS_A_TURN = 64
 PULSE_SECONDS = 0.25
 
 
-class Reader(Protocol):
-    """Who reads what comes at a descriptor that the loop watches."""
+class Watcher(Protocol):
+    """Who serves a descriptor past the loop."""
 
     def on_readable(self) -> None:
-        """Something has come, and nothing else is the matter."""
+        """Something has come, or the end."""
+
+    def on_writable(self) -> None:
+        """There is room again."""
 
 
 def _no_pulse() -> None:
@@ -37,9 +40,9 @@ def _no_pulse() -> None:
 class TurnSelector(selectors.EpollSelector):
     """An EpollSelector that ends the turns of its loop, and bounds the next one.
 
-    Where the loop asks it to wait, a turn is over: what was asked for by `at_end` is done then, and so it is
-    after the sockets that have a reader of their own in `readers`. Of the others that are ready it reports
-    at most EVENTS_A_TURN. `failed` takes what readers and ends raise.
+    Where the loop asks it to wait, a turn is over, and what `at_end` has is done. Of the descriptors that are
+    ready, at most EVENTS_A_TURN at a time, it serves those that are watched past the loop and reports the
+    others; where there are none of these, the turn ends at once. `failed` takes what is raised in all that.
     """
 
     def __init__(self, pulse: Callable[[], None] = _no_pulse) -> None:
@@ -47,8 +50,8 @@ class TurnSelector(selectors.EpollSelector):
         # The same epoll instance, by a descriptor of our own: the public way to it.
         self._bounded = select.epoll.fromfd(os.dup(self.fileno()))
         self._pulse = pulse
-        # By descriptor. It is told instead of the loop; of all else that happens there the loop is.
-        self.readers: dict[int, Reader] = {}
+        # By descriptor; the loop knows nothing of these.
+        self._watchers: dict[int, Watcher] = {}
         # Called once, in this order, at the end of the turn.
         self.at_end: list[Callable[[], object]] = []
         self.failed: Callable[[Exception], None]
@@ -63,8 +66,11 @@ class TurnSelector(selectors.EpollSelector):
         self._pulse()
         ready: list[tuple[selectors.SelectorKey, int]] = []
         for fd, events in came:
-            if events == select.EPOLLIN and (reader := self.readers.get(fd)) is not None:
-                self._call(reader.on_readable)
+            if (watcher := self._watchers.get(fd)) is not None:
+                if events & ~select.EPOLLOUT:
+                    self._call(watcher.on_readable)
+                if events & select.EPOLLOUT and self._watchers.get(fd) is watcher:
+                    self._call(watcher.on_writable)
             elif (key := self.get_map().get(fd)) is not None:
                 mask = selectors.EVENT_READ if events & ~select.EPOLLOUT else 0
                 if events & ~select.EPOLLIN:
@@ -73,6 +79,23 @@ class TurnSelector(selectors.EpollSelector):
         if self.at_end and not ready:
             self._end_turn()
         return ready
+
+    def watch(self, fd: int, watcher: Watcher, *, reading: bool, writing: bool) -> None:
+        """Serve this descriptor past the loop, or do so otherwise than before; with neither, no more.
+
+        That has to be so before the descriptor is closed.
+        """
+        mask = (select.EPOLLIN if reading else 0) | (select.EPOLLOUT if writing else 0)
+        if fd not in self._watchers:
+            if mask:
+                self._bounded.register(fd, mask)
+                self._watchers[fd] = watcher
+        elif mask:
+            self._bounded.modify(fd, mask)
+        else:
+            # Its end would be reported all the same, again and again.
+            self._bounded.unregister(fd)
+            del self._watchers[fd]
 
     def _end_turn(self) -> None:
         # What is done here may ask for another end, which belongs to this turn.
@@ -99,11 +122,6 @@ class WorkerLoop(asyncio.SelectorEventLoop):
         self.turns = TurnSelector(pulse)
         super().__init__(self.turns)
         self.turns.failed = self._report
-
-    @property
-    def readers(self) -> dict[int, Reader]:
-        """Who reads at a descriptor past the loop, which watches it. None may stay when it is closed."""
-        return self.turns.readers
 
     def _report(self, error: Exception) -> None:
         self.call_exception_handler({"message": "an error in a turn of the loop", "exception": error})

@@ -1,8 +1,8 @@
 """A client's stream once it is no longer HTTP: what comes is handed on in the turn in which it came.
 
 Tornado's reads are futures: each costs a turn of the loop and a look at the socket more. `receive` takes
-their place, within Tornado's own watching of the socket, so that writing and closing are as ever, TLS
-included.
+their place, and the worker's loop watches the socket itself: Tornado and asyncio have a dozen calls and half
+a kilobyte for that. Writing and closing are Tornado's as ever, TLS included.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 from tornado.iostream import IOStream
 
-from .eventloop import WorkerLoop, at_turn_end
+from .eventloop import TurnSelector, WorkerLoop, at_turn_end
 
 # What one look at a socket brings at most. A turn of the loop has up to 64 (eventloop.py), so this bounds
 # what a turn makes of small frames: its length, and what comes to one subscriber at once.
@@ -32,12 +32,14 @@ class ClientStream(IOStream):
     """See the module."""
 
     # In slots: with more than thirty names in it the dict of Tornado's stream costs a kilobyte more.
-    __slots__ = ("_ended", "_held", "_received", "sink")
+    __slots__ = ("_ended", "_held", "_received", "_turns", "sink")
 
     def __init__(self, connection: socket.socket, **options: Any) -> None:
         self.sink: Closing | None = None
         self._received: Callable[[bytes], int] | None = None
         self._ended: Callable[[], None] | None = None
+        # What watches the socket; None: Tornado does.
+        self._turns: TurnSelector | None = None
         # Nothing is read, not even to learn of the peer's end.
         self._held = False
         super().__init__(connection, **options)
@@ -49,6 +51,7 @@ class ClientStream(IOStream):
         bytes are missing from a message that has begun, and they are read with it, if they are there.
         """
         loop = asyncio.get_running_loop()
+        assert isinstance(loop, WorkerLoop)
         if self.closed():
             loop.call_soon(ended)
             return
@@ -57,32 +60,34 @@ class ClientStream(IOStream):
             came = cast("asyncio.Future[bytes]", self.read_bytes(self._read_buffer_size))
             at_turn_end(partial(received, came.result()))
         self._received, self._ended = received, ended
-        self._add_io_state(self.io_loop.READ)
-        if isinstance(loop, WorkerLoop):
-            loop.readers[self.socket.fileno()] = self
+        if self._state is not None:
+            self.io_loop.remove_handler(self.fileno())
+            self._state = None
+        self._turns = loop.turns
+        self._watch()
 
     def hold(self) -> None:
         """Leave what comes to the kernel, which makes the peer wait, until `go_on`."""
         self._held = True
-        self._look_away()
+        self._watch()
 
     def go_on(self) -> None:
         self._held = False
-        if not self.closed():
-            self._add_io_state(self.io_loop.READ)
-            if self._pending():
-                asyncio.get_running_loop().call_soon(self._handle_read)
+        self._watch()
+        if self._pending():
+            asyncio.get_running_loop().call_soon(self.on_readable)
 
-    def _look_away(self) -> None:
-        if not self.closed() and self._state is not None and self._state & self.io_loop.READ:
-            self._state &= ~self.io_loop.READ
-            self.io_loop.update_handler(self.fileno(), self._state)
+    def _watch(self) -> None:
+        """Have the loop look for what there is to do."""
+        if self._turns is not None and not self.closed():
+            self._turns.watch(self.socket.fileno(), self, reading=not self._held, writing=self.writing())
 
-    def _handle_events(self, fd: Any, events: int) -> None:
-        super()._handle_events(fd, events)
-        if self._held:
-            # It has taken up reading again, if only to see the end.
-            self._look_away()
+    def _add_io_state(self, state: int) -> None:
+        if self._turns is None:
+            super()._add_io_state(state)
+        else:
+            # More has been written than the kernel takes.
+            self._watch()
 
     def _pending(self) -> bool:
         """Whether TLS holds something already, of which the loop would never hear."""
@@ -91,17 +96,16 @@ class ClientStream(IOStream):
     def reading(self) -> bool:
         return self._received is not None or super().reading()
 
-    def _handle_read(self) -> None:
-        if self._received is None:
-            super()._handle_read()
-        else:
-            self.on_readable()
+    def on_writable(self) -> None:
+        """Write what waits."""
+        self._handle_write()
+        if not self.writing():
+            self._watch()
 
     def on_readable(self) -> None:
-        """Hand on what has come, once it is no longer HTTP."""
-        assert self._received is not None
+        """Hand on what has come."""
         wanted = len(_buffer)
-        while wanted and not self._held and not self.closed():
+        while wanted and self._received is not None and not self._held:
             try:
                 size = self.read_from_fd(_buffer[:wanted])
             except OSError as error:
@@ -123,10 +127,9 @@ class ClientStream(IOStream):
     def close_fd(self) -> None:
         if self.sink is not None:
             self.sink.shut()
+        if self._turns is not None:
+            self._turns.watch(self.socket.fileno(), self, reading=False, writing=False)
         if self._ended is not None:
-            loop = asyncio.get_running_loop()
-            loop.call_soon(self._ended)
-            if isinstance(loop, WorkerLoop):
-                del loop.readers[self.socket.fileno()]
+            asyncio.get_running_loop().call_soon(self._ended)
             self._received = self._ended = None
         super().close_fd()
