@@ -58,8 +58,6 @@ ANSWER_SECONDS = 1.0
 # How long the application may take to close.
 CLOSE_SECONDS = 1.0
 _POLL_SECONDS = 0.02
-# What Tornado takes for no limit (httpserver.py).
-_NO_TIMEOUT = 3600.0
 # A connection is some dozens of objects that stay. With Python's own thresholds (700, 10, 10) a collection
 # comes with every tenth of them, and looks at all that have come before as well.
 GC_THRESHOLDS = (20_000, 20, 20)
@@ -96,11 +94,20 @@ def serve(
 
 
 class Connections:
-    """The open streams of this worker, counted on the board: in all, and by the address of the peer."""
+    """The open streams of this worker, counted on the board: in all, and by the address of the peer.
 
-    def __init__(self, board: Board) -> None:
+    It cuts those of which the head of a request does not come in time, by one timer for all: Tornado would
+    have one for each request.
+    """
+
+    def __init__(self, board: Board, patience: float) -> None:
         self.board = board
         self.streams: set[CountedStream] = set()
+        # Seconds that the head of a request may take; 0: as long as it likes.
+        self._patience = patience
+        # Those that wait for one and since when, the longest first; and what looks at the first of them.
+        self._expected: dict[CountedStream, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
 
     def add(self, stream: "CountedStream") -> None:
         self.streams.add(stream)
@@ -111,6 +118,33 @@ class Connections:
         self.streams.remove(stream)
         self.board.own_connections = len(self.streams)
         self.board.remove_peer(stream.peer)
+
+    def set_patience(self, patience: float) -> None:
+        self._patience = patience
+        self._cut()
+
+    def expect(self, stream: "CountedStream") -> None:
+        """It waits for a request, from now until `met`."""
+        self._expected[stream] = asyncio.get_running_loop().time()
+        if self._timer is None:
+            self._cut()
+
+    def met(self, stream: "CountedStream") -> None:
+        self._expected.pop(stream, None)
+
+    def _cut(self) -> None:
+        """Close those that have waited too long, and come again for the next."""
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._expected and self._patience:
+            stream, since = next(iter(self._expected.items()))
+            if (due := since + self._patience) > loop.time():
+                self._timer = loop.call_at(due, self._cut)
+                return
+            del self._expected[stream]
+            stream.close()
 
     def close_idle(self) -> None:
         """Close those that wait for a request. Others are still read, or the answer is to come."""
@@ -138,6 +172,15 @@ class CountedStream(ClientStream):
         # A request is being read or answered; its handler says so.
         self.busy = False
         connections.add(self)
+
+    def read_until_regex(self, regex: bytes, max_bytes: int | None = None) -> Awaitable[bytes]:
+        """Tornado waits so for the head of a request, and for nothing else."""
+        head = super().read_until_regex(regex, max_bytes)
+        assert isinstance(head, asyncio.Future)
+        if not head.done():
+            self._connections.expect(self)
+            head.add_done_callback(lambda _: self._connections.met(self))
+        return head
 
     def count_as(self, peer: str) -> None:
         """Count it under another address, as when a trusted proxy tells whom it speaks for."""
@@ -171,7 +214,7 @@ class Worker:
         self.config = config
         self.board = board
         self.index = index
-        self.connections = Connections(board)
+        self.connections = Connections(board, config.limits.handshake_timeout)
         self._sockets = sockets
         self._make_application = make_application
         # These come into being in `start`.
@@ -203,14 +246,14 @@ class Worker:
             self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             self._tls.load_cert_chain(server.certfile, server.keyfile)
         self._handles = await self._make_application(self.config, self.board, self.index)
-        patience = self.config.limits.handshake_timeout or None
         self._server = HTTPServer(
             self._handles.application,
-            idle_connection_timeout=patience,
             # Handlers that have a use for a body set their own bound.
             max_body_size=_MAX_BODY,
-            body_timeout=patience,
+            body_timeout=self.config.limits.handshake_timeout or None,
         )
+        # See Connections.
+        self._server.conn_params.header_timeout = None
         # What was told between the fork and here.
         self.take_over()
         self._acceptor = Acceptor(self._sockets, self.board, self._serve_connection, most_connections())
@@ -231,7 +274,7 @@ class Worker:
             return
         self.config = take_over(self.config, pickle.loads(data))
         patience = self.config.limits.handshake_timeout
-        self._server.conn_params.header_timeout = patience or _NO_TIMEOUT
+        self.connections.set_patience(patience)
         self._server.conn_params.body_timeout = patience or None
         self._handles.configure(self.config)
         logger.info("worker %d has taken over new settings", self.index, extra={"event": "settings_taken"})
