@@ -38,6 +38,7 @@ from tornado_bcast.brokers import BusMessage, Publication, decode_bus, encode_bu
 from tornado_bcast.brokers.redis import RedisBroker  # noqa: E402
 from tornado_bcast.compression import Compressor, inflate  # noqa: E402
 from tornado_bcast.config import default_config  # noqa: E402
+from tornado_bcast.eventloop import WorkerLoop  # noqa: E402
 from tornado_bcast.frames import FrameParser, frame, payload_of  # noqa: E402
 from tornado_bcast.hub import Hub  # noqa: E402
 from tornado_bcast.protocol import decode, encode_ack, encode_message  # noqa: E402
@@ -112,6 +113,11 @@ def _times(count: int, work: Callable[[], object]) -> Callable[[], None]:
             work()
 
     return run
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=WorkerLoop) as runner:
+        runner.run(work)
 
 
 def measure_decode(micro: Micro) -> None:
@@ -193,7 +199,7 @@ def measure_fan_out(micro: Micro) -> None:
 
         micro.measure("fan-out: the same as a bare loop", count * SUBSCRIBERS, _times(count, bare), empty)
 
-    asyncio.run(run())
+    _run(run())
     for near, far in pairs:
         near.close()
         far.close()
@@ -260,7 +266,7 @@ def measure_publish(micro: Micro) -> None:
             await broker.close()
 
     try:
-        asyncio.run(run())
+        _run(run())
     finally:
         server.terminate()
         server.wait(10)
@@ -322,7 +328,7 @@ def measure_subscribe(micro: Micro) -> None:
         board.stopping = True
         await worker.drain()
 
-    asyncio.run(run())
+    _run(run())
 
 
 ALL = {

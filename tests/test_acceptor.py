@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from broker_kit import until
+from tornado.iostream import StreamClosedError
 
 from tornado_bcast import acceptor as module
 from tornado_bcast.acceptor import BATCH, SEND_BUFFER, SLACK, Acceptor, listening_sockets
@@ -319,7 +320,7 @@ def test_a_stream_is_counted_under_one_address_until_it_is_closed() -> None:
     async def main() -> None:
         board = Board(1)
         board.claim(0)
-        connections = Connections(board)
+        connections = Connections(board, 0)
         pair = socket.socketpair()
         stream = CountedStream(pair[0], connections, "192.0.2.1")
         stream.count_as("192.0.2.2")
@@ -330,6 +331,42 @@ def test_a_stream_is_counted_under_one_address_until_it_is_closed() -> None:
         stream.count_as("192.0.2.1")
         assert (board.own_connections, board.peers("192.0.2.1"), board.peers("192.0.2.2")) == (0, 0, 0)
         assert not connections.streams
+
+    asyncio.run(main())
+
+
+def test_who_sends_no_request_is_cut_in_time_and_nobody_else() -> None:
+    async def main() -> None:
+        board = Board(1)
+        board.claim(0)
+        connections = Connections(board, 0.1)
+        pairs = [socket.socketpair() for _ in range(4)]
+        silent, prompt, late, again = (CountedStream(near, connections, "") for near, _ in pairs)
+        pairs[1][1].send(b"head\n")
+        heads = [stream.read_until_regex(b"\n") for stream in (silent, prompt, late, again)]
+        assert await heads[1] == b"head\n"
+        for _, far in pairs[2:]:
+            far.send(b"head\n")
+        assert await heads[2] == await heads[3] == b"head\n"
+        await asyncio.sleep(0.05)
+        # From now on it waits for another.
+        second = again.read_until_regex(b"\n")
+        with pytest.raises(StreamClosedError):
+            await heads[0]
+        assert connections.streams == {prompt, late, again}
+        # A new patience holds for who waits already.
+        connections.set_patience(0)
+        await asyncio.sleep(0.15)
+        assert again in connections.streams
+        connections.set_patience(0.02)
+        with pytest.raises(StreamClosedError):
+            await second
+        await asyncio.sleep(0.05)
+        assert connections.streams == {prompt, late}
+        for stream in (prompt, late):
+            stream.close()
+        for _, far in pairs:
+            far.close()
 
     asyncio.run(main())
 

@@ -17,6 +17,7 @@ from tornado_bcast.brokers.memory import MemorySessions
 from tornado_bcast.config import default_config
 from tornado_bcast.delivery import Delivery
 from tornado_bcast.errors import CloseCode
+from tornado_bcast.eventloop import WorkerLoop
 from tornado_bcast.keeper import Keeper
 from tornado_bcast.rules import Principal
 from tornado_bcast.session import Session, Subscription, decode_subscription
@@ -67,7 +68,7 @@ class Sessions(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.loop = asyncio.new_event_loop()
+        self.loop = WorkerLoop()
         asyncio.set_event_loop(self.loop)
         self.now = 1000.0
         self.notices: list[tuple[str, bytes]] = []

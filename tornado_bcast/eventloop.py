@@ -127,13 +127,16 @@ class WorkerLoop(asyncio.SelectorEventLoop):
         self.call_exception_handler({"message": "an error in a turn of the loop", "exception": error})
 
 
+def turns() -> TurnSelector:
+    """Those of the running loop, which has to be a WorkerLoop."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, WorkerLoop), "this needs a WorkerLoop"
+    return loop.turns
+
+
 def at_turn_end(callback: Callable[[], object]) -> None:
     """Call once, when everything else in this turn of the running loop is done."""
-    loop = asyncio.get_running_loop()
-    if isinstance(loop, WorkerLoop):
-        loop.turns.at_end.append(callback)
-    else:
-        loop.call_soon(callback)
+    turns().at_end.append(callback)
 
 
 class LagMeter:

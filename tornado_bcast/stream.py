@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 from tornado.iostream import IOStream
 
-from .eventloop import TurnSelector, WorkerLoop, at_turn_end
+from .eventloop import TurnSelector, at_turn_end, turns
 
 # What one look at a socket brings at most. A turn of the loop has up to 64 (eventloop.py), so this bounds
 # what a turn makes of small frames: its length, and what comes to one subscriber at once.
@@ -50,10 +50,8 @@ class ClientStream(IOStream):
         For the rest of its life; no read may be under way. `received` must not raise. It returns how many
         bytes are missing from a message that has begun, and they are read with it, if they are there.
         """
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, WorkerLoop)
         if self.closed():
-            loop.call_soon(ended)
+            asyncio.get_running_loop().call_soon(ended)
             return
         if self._read_buffer_size:
             # It came with the handshake, and goes before what comes in the next turn.
@@ -63,7 +61,7 @@ class ClientStream(IOStream):
         if self._state is not None:
             self.io_loop.remove_handler(self.fileno())
             self._state = None
-        self._turns = loop.turns
+        self._turns = turns()
         self._watch()
 
     def hold(self) -> None:
