@@ -98,6 +98,7 @@ def jobs(size: Size) -> list[Job]:
         Job("daemon redis:", {**fan, "run": [paced, window]}, both),
         Job("daemon redis:", {**fan, **_persistent(), "run": [paced, window]}, _named(both, "kept ")),
         Job("daemon 2 workers", {**fan, "run": [paced]}, both),
+        Job("floor 2 processes", {**fan, "run": [paced]}, both),
         Job("nchan", {**fan, "run": [paced, window]}, both),
         Job("NATS", {**fan, "run": [paced, window]}, both),
         Job("Node", {**fan, "run": [paced, window]}, both),
@@ -214,6 +215,16 @@ def _ratio(
     return figure
 
 
+def _beside(server: str, sample: str, other: str) -> Callable[[Samples], Figure]:
+    """What the machine does to both sides of a row: to be known, and no target."""
+
+    def figure(samples: Samples) -> Figure:
+        measured = _ratio(server, sample, other, 0.0)(samples)
+        return Figure(f"{server}: {measured.text}", measured.spread, None)
+
+    return figure
+
+
 def _all(*figures: Callable[[Samples], Figure]) -> Callable[[Samples], list[Figure]]:
     return lambda samples: [figure(samples) for figure in figures]
 
@@ -298,6 +309,7 @@ ROWS = [
         _all(
             _value("daemon 2 workers", "uneven", 5.0, "% off even", 1),
             _ratio("daemon 2 workers", "paced", "daemon redis:", 1.0),
+            _beside("floor 2 processes", "paced", "floor"),
         ),
     ),
     Row(

@@ -54,8 +54,9 @@ class Bench:
         """Go through the rounds, as many as fit before the deadline."""
         redis = servers.redis()
         running: dict[str, Server | None] = {
-            "floor": servers.floor(batch=False),
-            "floor batching": servers.floor(batch=True),
+            "floor": servers.floor(),
+            "floor batching": servers.floor("floor batching", "batch"),
+            "floor 2 processes": servers.floor("floor 2 processes", "pair"),
             "daemon memory:": servers.daemon("daemon memory:"),
             "daemon redis:": servers.daemon("daemon redis:", redis=redis) if redis else None,
             "daemon 2 workers": servers.daemon("daemon 2 workers", redis=redis, workers=2) if redis else None,

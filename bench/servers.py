@@ -121,11 +121,10 @@ class Servers:
             time.sleep(0.05)
         return server
 
-    def floor(self, *, batch: bool) -> Server:
+    def floor(self, name: str = "floor", *options: str) -> Server:
         port = free_port()
-        command = [str(self._build / "floor"), str(port), *(["batch"] if batch else [])]
-        load = {**bcast(), "ready": "{}"}
-        return self._start("floor batching" if batch else "floor", port, command, load)
+        command = [str(self._build / "floor"), str(port), *options]
+        return self._start(name, port, command, {**bcast(), "ready": "{}"})
 
     def redis(self) -> Server | None:
         """A real Redis-compatible server without persistence; None where there is none."""
