@@ -66,6 +66,10 @@ class State(IntEnum):
     DRAINING = 3
 
 
+# By number: each connection looks, and a call of the class takes 0.4 us.
+_STATES = tuple(State)
+
+
 class Slot(NamedTuple):
     """One worker, as it was at one moment. Times are of the board's clock, in seconds."""
 
@@ -182,7 +186,7 @@ class Board:
 
     @property
     def state(self) -> State:
-        return State(self._ints[self._own + _STATE])
+        return _STATES[self._ints[self._own + _STATE]]
 
     @state.setter
     def state(self, value: State) -> None:
@@ -221,7 +225,7 @@ class Board:
             self._times[base + _STARTED],
             self._times[base + _HEARTBEAT],
             ints[base + _CONNECTIONS],
-            State(ints[base + _STATE]),
+            _STATES[ints[base + _STATE]],
             ints[base + _ACCEPTING] != 0,
         )
 
