@@ -611,7 +611,9 @@ def test_a_hangup_of_the_terminal_does_not_reach_the_workers(tiny: Callable[...,
 
 
 def test_a_dead_embedded_server_is_started_again(tiny: Callable[..., Tiny], tmp_path: Path) -> None:
-    daemon = tiny(**embedded(tmp_path)).start().wait_until_serving()
+    # The parent's clock does not find it: the death itself is told.
+    constants = {"REST_SECONDS": 3600}
+    daemon = tiny(**embedded(tmp_path), constants=constants).start().wait_until_serving()
     workers = daemon.workers()
     for n in range(20):
         assert redis(daemon, "SET", f"key{n}", "kept") == b"+OK\r\n"

@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import math
 import os
 import pickle
 import signal
@@ -102,7 +103,7 @@ class _Parent:
         notifier = Notifier()
         self._watch = Watch(self._board, notifier, self._log_serving)
         # WATCHDOG=1 is due at half of its time, and not to come late.
-        self._rest = min(REST_SECONDS, (notifier.watchdog or 60.0) / 4)
+        self._rest = min(REST_SECONDS, (notifier.watchdog or math.inf) / 4)
         # The clock goes, and `_tick` runs, which a signal may interrupt.
         self._clock_goes = False
         self._ticking = False
