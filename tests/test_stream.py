@@ -207,3 +207,18 @@ async def test_nobody_is_watched_after_its_end() -> None:
         client.receive()
         assert list(loop.turns._watchers.values()) == [client.stream]
     assert not loop.turns._watchers
+
+
+@asynchronous
+async def test_a_very_long_message_leaves_the_others_their_turn() -> None:
+    look = 16 * 1024
+    with Client() as client:
+        client.peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        client.receive()
+        client.missing = 1 << 24
+        client.peer.send(b"a" * look * 6)
+        seen: list[int] = []
+        while sum(map(len, client.heard)) < look * 6:
+            await asyncio.sleep(0)
+            seen.append(len(client.heard))
+        assert 4 in seen and set(seen) <= {0, 4, 6}, seen

@@ -19,6 +19,8 @@ from .eventloop import TurnSelector, at_turn_end, turns
 # What one look at a socket brings at most. A turn of the loop has up to 64 (eventloop.py), so this bounds
 # what a turn makes of small frames: its length, and what comes to one subscriber at once.
 _buffer = memoryview(bytearray(16 * 1024))
+# Looks in a row, while a long message comes: enough for 64 KB, and the others have their turn.
+_LOOKS = 4
 
 
 class Closing(Protocol):
@@ -103,6 +105,7 @@ class ClientStream(IOStream):
     def on_readable(self) -> None:
         """Hand on what has come."""
         wanted = len(_buffer)
+        looks = 0
         while wanted and self._received is not None and not self._held:
             try:
                 size = self.read_from_fd(_buffer[:wanted])
@@ -114,9 +117,10 @@ class ClientStream(IOStream):
                     self.close()
                 return
             missing = self._received(bytes(_buffer[:size]))
+            looks += 1
             if self._pending():
                 wanted = len(_buffer)
-            elif size == wanted:
+            elif size == wanted and looks < _LOOKS:
                 # No more than the rest of a long message, or small ones behind it would have no bound.
                 wanted = min(missing, len(_buffer))
             else:
