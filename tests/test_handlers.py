@@ -224,6 +224,25 @@ async def test_a_worker_that_drains(
     assert (await socket.closed())[0] == 1012
 
 
+@pytest.mark.logs("internal_error")
+@pytest.mark.gen_test
+async def test_a_regular_work_that_fails_takes_no_other_with_it(
+    inside: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def fail() -> None:
+        done.append("keeper")
+        raise OSError
+
+    monkeypatch.setattr(inside.keeper, "turn", fail)
+    monkeypatch.setattr(inside.node, "turn", lambda: done.append("node"))
+    # The loop's own ticks, which come on after a failure as well.
+    while len(done) < 4:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    assert done == ["keeper", "node"] * 2
+
+
 @pytest.mark.logs("overloaded")
 @pytest.mark.gen_test
 async def test_an_overloaded_worker(

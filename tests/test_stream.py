@@ -148,8 +148,9 @@ async def test_one_that_is_held_leaves_everything_to_the_kernel() -> None:
             looked += 1
             read()
 
-        client.stream.on_readable = count  # type: ignore[method-assign]
-        await asyncio.sleep(0.05)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(client.stream, "on_readable", count)
+            await asyncio.sleep(0.05)
         assert client.heard == [b"a"] and not looked
         client.stream.go_on()
         await client.hears(b"ab")

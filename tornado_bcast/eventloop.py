@@ -5,8 +5,8 @@ its turn again. When thousands of clients leave or come back at once that is sec
 delivered. epoll hands out what is ready in a circle, so that a bound on each turn is fair to all sockets.
 
 A message is through in one turn: the socket that brings it is read straight from here, and what it has made
-ready to leave does so before the loop sleeps again. By asyncio alone it takes four, each of them code that
-is in no cache when messages are few (docs/PERFORMANCE.md).
+ready to leave does so before the loop sleeps again. By asyncio alone it takes three or more, all of it code
+that is in no cache when messages are few (docs/PERFORMANCE.md).
 """
 
 import asyncio
