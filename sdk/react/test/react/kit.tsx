@@ -14,6 +14,8 @@ export const told = () => complaints.splice(0);
 
 beforeEach(() => {
   vi.useFakeTimers();
+  // Chance is always in the middle, as in the tests of the client.
+  vi.spyOn(Math, 'random').mockReturnValue(0.5);
   vi.spyOn(console, 'error').mockImplementation((...args) => complaints.push(args.map(String).join(' ')));
 });
 afterEach(() => {
